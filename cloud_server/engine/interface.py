@@ -1,0 +1,60 @@
+"""The seam between the gRPC process and the engine: what a verification engine is.
+
+`client.VLLMEngine` is the real one; `scripted.ScriptedEngine` the double for unit tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from picospec.errors import PicoSpecError
+from picospec.messages import Draft, ModelCard, Open, Opened, Verdict
+
+EngineEvent = Opened | Verdict | PicoSpecError  # an error ends the session
+EngineSink = Callable[[EngineEvent], None]  # called on the event loop; must not block
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine, for metrics and health."""
+
+    running_sessions: int = 0  # with drafts to verify or a prompt to prefill
+    held_sessions: int = 0  # waiting for the edge
+    waiting_sessions: int = 0  # not admitted yet
+    kv_cache_usage: float = 0.0  # 0..1
+    evicted_sessions: int = 0  # held sessions whose KV was given to others, total
+    preempted_sessions: int = 0  # total
+    stale_tokens: int = 0  # drafts dropped because their epoch was over, total
+
+
+class VerificationEngine(Protocol):
+    """Verifies drafts for many sessions. All methods run on the gRPC process's event loop."""
+
+    async def start(self) -> ModelCard:
+        """Load the model; returns what is served. Raises PicoSpecError if it cannot."""
+        ...
+
+    async def open(self, session_key: str, request: Open, sink: EngineSink) -> None:
+        """Admit a session; its events go to `sink`, in order, Opened first.
+
+        `session_key` is unique for the engine's lifetime. Raises CloudUnavailable if the
+        engine is dead.
+        """
+        ...
+
+    async def deliver(self, session_key: str, draft: Draft) -> None:
+        """Hand drafts to an open session, in order. Unknown (finished) sessions ignore them."""
+        ...
+
+    async def abort(self, session_key: str) -> None:
+        """End a session and free its KV cache at once. Idempotent; no event follows."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def healthy(self) -> bool: ...
+
+    async def shutdown(self) -> None: ...
