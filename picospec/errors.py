@@ -8,6 +8,8 @@
     ├── LocalProtocolError  our own code tried something illegal (a bug)
     ├── CloudUnavailable    the cloud cannot be reached; may be tried again
     ├── CapacityError       no room at present; may be tried again
+    ├── DeadlineExceeded    a bounded wait is over
+    ├── NumericalError      a model's logits define no law (NaN, infinity)
     └── DrafterFailed       the drafter's process died or its backend failed
 
 `GRPC_STATUS` and `HTTP_STATUS` are the only places where a failure becomes a status code.
@@ -81,6 +83,14 @@ class CapacityError(PicoSpecError):
         self.retry_after_s = retry_after_s
 
 
+class NumericalError(PicoSpecError):
+    """Logits from which no token can be drawn; only the session they belong to ends."""
+
+
+class DeadlineExceeded(PicoSpecError):
+    """The time allowed for something is used up."""
+
+
 class DrafterFailed(PicoSpecError):
     """The drafter could not draft."""
 
@@ -94,6 +104,7 @@ GRPC_STATUS: dict[type[PicoSpecError], str] = {
     Unauthenticated: "UNAUTHENTICATED",
     CapacityError: "RESOURCE_EXHAUSTED",
     CloudUnavailable: "UNAVAILABLE",
+    DeadlineExceeded: "DEADLINE_EXCEEDED",
     PicoSpecError: "INTERNAL",
 }
 
@@ -105,6 +116,7 @@ HTTP_STATUS: dict[type[PicoSpecError], int] = {
     CloudUnavailable: 503,
     ModelMismatch: 503,
     DrafterFailed: 503,
+    DeadlineExceeded: 504,
     PicoSpecError: 500,
 }
 
