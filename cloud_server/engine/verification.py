@@ -1,0 +1,147 @@
+"""Judging drafts: one session's logits in, what one verification step decided out.
+
+The laws of this file (docs/protocol.md has them in full):
+1. Split: a draft x is accepted while u < P(x) / q(x). At the first rejection nothing is drawn;
+   the edge gets the Rejection and draws the recovered token. After full acceptance nothing
+   more is emitted.
+2. Coupled: a draft is accepted exactly if it is the token the target draws itself with the
+   shared noise. The token at the first mismatch (recovered) or after the last draft (bonus)
+   is always emitted.
+3. Nothing after the first rejection is looked at, and no noise of a later position is used.
+
+Noise is a function of the position, so sessions may be judged in any order and any batch.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cloud_server.engine.torch_sampling import (
+    TargetDistribution,
+    check_finite,
+    penalised,
+    process,
+)
+from picospec.messages import EMPTY_TOKENS, Rejection, SamplingParams, VerificationMode
+from picospec.noise import Purpose, uniform
+from picospec.sampling import GREEDY_TEMPERATURE, accept
+
+
+class StepKind(enum.Enum):
+    """What a step is to decide."""
+
+    DRAFTS = "drafts"  # judge the drafts
+    FIRST = "first"  # no drafts: the generation's first token, the cloud's own
+    PROBE = "probe"  # no drafts: split sends P, coupled its own token
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationLaw:
+    """How one session is judged, as its Open said.
+
+    `exact` and `sparse_k` shape the Rejection of split mode (`sparse_k` 0: all of P). Not
+    exact, the edge draws from P truncated; drafts are judged by P itself all the same.
+    """
+
+    mode: VerificationMode
+    sampling: SamplingParams
+    exact: bool
+    sparse_k: int
+    logits_width: int  # logits beyond it are padding
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """As in messages.Verdict: the accepted drafts, then the cloud's own tokens or a rejection."""
+
+    num_accepted: int
+    token_ids: tuple[int, ...] = ()
+    rejection: Rejection | None = None
+
+
+def verify(
+    logits: torch.Tensor,
+    law: VerificationLaw,
+    position: int,
+    draft_token_ids: Sequence[int],
+    draft_probs: Sequence[float],
+    prompt_token_ids: NDArray[np.integer] = EMPTY_TOKENS,
+    output_token_ids: NDArray[np.integer] = EMPTY_TOKENS,
+    step: StepKind = StepKind.DRAFTS,
+    attempt: int = 0,
+) -> StepResult:
+    """Judges k drafts by the target's logits.
+
+    `logits` is [k + 1, vocab_size], any float type and device, and stays as it is; row i is of
+    `position + i`, where draft i stands. `draft_probs` are the k values q(x), split only.
+    Prompt and output (all tokens before `position`) are looked at only with penalties.
+    `attempt` is the number of the tail sample a PROBE asks for. Raises NumericalError where
+    logits that matter define no law.
+
+    With two drafts of which the second is rejected at position 8 in coupled mode,
+    `verify(logits, law, 7, [5, 6], ())` is `StepResult(1, (recovered,))`.
+    """
+    rows = logits[: len(draft_token_ids) + 1, : law.logits_width]
+    params = law.sampling
+    if params.temperature < GREEDY_TEMPERATURE and not params.has_penalties:
+        scores = penalised(rows, params, prompt_token_ids, output_token_ids)
+        return _verify_greedy(scores, law.mode, draft_token_ids, step)
+
+    def target(index: int) -> TargetDistribution:
+        output = output_token_ids
+        if params.has_penalties and index:
+            output = np.concatenate([output, np.asarray(draft_token_ids[:index], np.int64)])
+        return process(rows[index], params, prompt_token_ids, output)
+
+    num_drafts = len(draft_token_ids)
+    if law.mode is VerificationMode.COUPLED:
+        for index in range(num_drafts + 1):
+            token_id = target(index).draw(params.seed, position + index, Purpose.COUPLED)
+            if index == num_drafts or token_id != draft_token_ids[index]:
+                return StepResult(index, (token_id,))
+    if step is StepKind.FIRST:
+        return StepResult(0, (target(0).draw(params.seed, position, Purpose.FIRST),))
+    for index, (draft_token_id, draft_prob) in enumerate(
+        zip(draft_token_ids, draft_probs, strict=True)
+    ):
+        distribution = target(index)
+        u = uniform(params.seed, position + index, Purpose.ACCEPT)
+        if not accept(u, distribution.prob(draft_token_id), draft_prob):
+            rejection = distribution.rejection(
+                law.sparse_k, law.exact, params.seed, position + index, 0
+            )
+            return StepResult(index, (), rejection)
+    if step is StepKind.PROBE:
+        rejection = target(0).rejection(law.sparse_k, law.exact, params.seed, position, attempt)
+        return StepResult(0, (), rejection)
+    return StepResult(num_drafts)
+
+
+def _verify_greedy(
+    scores: torch.Tensor,
+    mode: VerificationMode,
+    draft_token_ids: Sequence[int],
+    step: StepKind,
+) -> StepResult:
+    """All rows at once: P is one-hot, so a draft is accepted exactly if it is the best token."""
+    peaks, best = scores.max(dim=-1)
+    check_finite(peaks)
+    best_token_ids = best.tolist()
+    num_accepted = 0
+    while (
+        num_accepted < len(draft_token_ids)
+        and draft_token_ids[num_accepted] == best_token_ids[num_accepted]
+    ):
+        num_accepted += 1
+    if mode is VerificationMode.COUPLED or step is StepKind.FIRST:
+        return StepResult(num_accepted, (best_token_ids[num_accepted],))
+    if num_accepted == len(draft_token_ids) and step is StepKind.DRAFTS:
+        return StepResult(num_accepted)
+    token_ids = np.array([best_token_ids[num_accepted]], np.int32)
+    return StepResult(num_accepted, (), Rejection(token_ids, np.ones(1, np.float32)))

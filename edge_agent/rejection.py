@@ -1,0 +1,89 @@
+"""The edge's Rejection Sampler: the recovered token of split mode (docs/protocol.md).
+
+After a rejection the token at that position must follow max(0, P - Q), normalised. The cloud
+sends P on a set S, its mass ε outside S, and draws y from P outside S, one for each attempt.
+With h = max(0, P - Q) on S and A = Σ h:
+
+    flip a coin; with probability A / (A + ε) emit v ~ h / A
+    otherwise take the tail sample y, and emit it with probability max(0, 1 - Q(y) / P(y))
+    otherwise start over with a fresh tail sample
+
+One flip emits any v of S, and any y outside, with probability max(0, P - Q) / (A + ε), so the
+law is exact for every S.
+
+*The coin persists.* A flip that says "tail" when the tail sample is used up asks the cloud for
+a fresh one, and that one is tested directly. To flip again would favour S: the flips that had
+said tail would get a second chance to say S. So coin number n stands before tail sample
+number n: coin 0 is flipped when sample 0 is offered, coin n when sample n - 1 was refused; a
+sample number n > 0 is only ever offered because its coin said tail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from picospec.messages import Rejection
+from picospec.noise import Purpose, race, uniform
+from picospec.sampling import Distribution, accept_tail, residual
+
+# Only rounding (P = Q to the last bit) can need more: then the tail sample is taken as it is.
+MAX_TAIL_ATTEMPTS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RejectionSampler:
+    """Draws the recovered token of one position. Stateless: all it does is a function of its
+    arguments, so a restarted drafter process goes on where the last one stopped.
+
+    `draft_law` is Q, the law the rejected draft was really drawn from; None if no draft was
+    judged (Q = 0, the token follows P itself).
+    """
+
+    seed: int
+    position: int
+    draft_law: Distribution | None
+
+    def offer(self, rejection: Rejection, attempt: int) -> int | None:
+        """The recovered token, or None: a fresh tail sample is needed.
+
+        `attempt` is the number of the tail sample in `rejection`, from 0. After None send a
+        probe for sample attempt + 1 (Draft.probe = attempt + 2) and offer its answer.
+        """
+        probs = rejection.probs
+        drafted = np.zeros_like(probs)
+        if self.draft_law is not None:
+            drafted = self.draft_law.probs_of(rejection.token_ids)
+        kept = residual(probs, drafted)
+        kept_mass = float(kept.sum())
+        tail_mass = max(0.0, rejection.tail_mass)
+        if kept_mass + tail_mass <= 0.0:  # P = Q to rounding: P is then as good a law
+            kept, kept_mass = probs.astype(np.float64), 1.0
+        for coin in (attempt, attempt + 1):
+            persists = coin == attempt and attempt > 0
+            if not persists and not self._coin_says_tail(kept_mass, tail_mass, coin):
+                index = race(
+                    kept.astype(np.float32),
+                    rejection.token_ids,
+                    self.seed,
+                    self.position,
+                    Purpose.RESIDUAL,
+                    coin,
+                )
+                return int(rejection.token_ids[index])
+            if coin == attempt and self._accepts_tail_sample(rejection, attempt):
+                return rejection.tail_token_id
+        return None
+
+    def _coin_says_tail(self, kept_mass: float, tail_mass: float, coin: int) -> bool:
+        u = uniform(self.seed, self.position, Purpose.COIN, coin)
+        return u * (kept_mass + tail_mass) >= kept_mass
+
+    def _accepts_tail_sample(self, rejection: Rejection, attempt: int) -> bool:
+        if attempt >= MAX_TAIL_ATTEMPTS:
+            return True
+        token_id = rejection.tail_token_id
+        draft_prob = 0.0 if self.draft_law is None else self.draft_law.prob(token_id)
+        u = uniform(self.seed, self.position, Purpose.TAIL_ACCEPT, attempt)
+        return accept_tail(u, rejection.tail_prob, draft_prob)
