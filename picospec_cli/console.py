@@ -1,0 +1,32 @@
+"""What the commands say on stderr while they work; stdout belongs to their result."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from picospec.errors import PicoSpecError
+
+
+class CommandFailed(PicoSpecError):
+    """A command could not do what was asked; the message is all that the user is shown."""
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Names a step that takes a while, and how long it took when it is done."""
+    say(f"{what} ...")
+    started_s = time.monotonic()
+    yield
+    say(f"{what}: done in {time.monotonic() - started_s:.0f} s")
+
+
+def tail(text: str, num_lines: int = 20) -> str:
+    """The last lines of a log, indented to stand below a message."""
+    return "\n".join(f"    {line}" for line in text.rstrip().splitlines()[-num_lines:])
