@@ -1,0 +1,188 @@
+"""Frames survive the wire; malformed messages are refused with the field at fault."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from picospec import codec
+from picospec.errors import RemoteProtocolError
+from picospec.messages import (
+    AssistPolicy,
+    Draft,
+    Finish,
+    FinishReason,
+    Limits,
+    ModelCard,
+    Open,
+    Opened,
+    Rejection,
+    SamplingParams,
+    Verdict,
+    VerificationMode,
+)
+from picospec.v1 import speculation_pb2 as pb
+
+OPEN = Open(
+    session_id="chat-1",
+    prompt_token_ids=np.array([1, 2**31 - 1], np.int32),
+    output_token_ids=np.array([7], np.int32),
+    sampling=SamplingParams(
+        temperature=0.5, top_p=0.75, top_k=40, seed=2**64 - 1, logit_bias=((3, -1.5),)
+    ),
+    mode=VerificationMode.COUPLED,
+    max_tokens=12,
+    stop_token_ids=(2, 5),
+    exact=False,
+    sparse_k=9,
+    assist=AssistPolicy.IDLE,
+    verify_whole_rounds=True,
+    probe=3,
+)
+REJECTION = Rejection(
+    token_ids=np.array([4, 2], np.int32),
+    probs=np.array([0.5, 0.25], np.float32),
+    tail_mass=0.25,
+    tail_token_id=9,
+    tail_prob=0.125,
+)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts and arrays as lists, so that they can be compared."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def edge_over_the_wire(frame: Any) -> Any:
+    return codec.decode_edge(
+        pb.GenerateRequest.FromString(codec.encode_edge(frame).SerializeToString())
+    )
+
+
+def cloud_over_the_wire(frame: Any) -> Any:
+    return codec.decode_cloud(
+        pb.GenerateResponse.FromString(codec.encode_cloud(frame).SerializeToString())
+    )
+
+
+def test_open_survives_the_wire() -> None:
+    assert plain(edge_over_the_wire(OPEN)) == plain(OPEN)
+
+
+@given(
+    st.builds(
+        Draft,
+        epoch=st.integers(0, 2**32 - 1),
+        base_position=st.integers(0, 2**32 - 1),
+        token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=20).map(tuple),
+        draft_probs=st.lists(st.floats(0, 1, width=32), max_size=20).map(tuple),
+        num_forced=st.integers(0, 1),
+        end_of_round=st.booleans(),
+        probe=st.integers(0, 2**32 - 1),
+    )
+)
+def test_drafts_survive_the_wire(draft: Draft) -> None:
+    assert edge_over_the_wire(draft) == draft
+
+
+@pytest.mark.parametrize("reason", [None, *FinishReason])
+@pytest.mark.parametrize("rejection", [None, REJECTION])
+def test_verdicts_survive_the_wire(
+    reason: FinishReason | None, rejection: Rejection | None
+) -> None:
+    verdict = Verdict(2, 30, 3, (1, 8), rejection, reason, 4, 120, 45_000)
+    assert plain(cloud_over_the_wire(verdict)) == plain(verdict)
+
+
+def test_the_other_frames_survive_the_wire() -> None:
+    assert edge_over_the_wire(Finish()) == Finish()
+    opened = Opened(10, 8, 16, 64, 32)
+    assert cloud_over_the_wire(opened) == opened
+
+
+def test_a_model_card_survives_the_wire_and_unknown_modes_are_left_out() -> None:
+    card = ModelCard(
+        "m", 100, "f", "c", (2,), 512, tuple(VerificationMode), Limits(8, 16, 4, 2, 1), 1
+    )
+    message = codec.encode_model(card)
+    assert codec.decode_model(message) == card
+    message.modes.append(77)
+    assert codec.decode_model(message) == card
+
+
+def test_arrays_are_mapped_without_a_copy_and_read_only() -> None:
+    message = codec.encode_edge(OPEN)
+    decoded = codec.decode_edge(message)
+    assert isinstance(decoded, Open)
+    assert not decoded.prompt_token_ids.flags.writeable
+    assert not decoded.prompt_token_ids.flags.owndata
+    assert decoded.prompt_token_ids.dtype == np.int32
+
+
+def _open_message(**changes: Any) -> pb.GenerateRequest:
+    message = codec.encode_edge(OPEN)
+    for name, value in changes.items():
+        setattr(message.open, name, value)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (pb.GenerateRequest(), "frame"),
+        (_open_message(prompt_token_ids=b"12345"), "open.prompt_token_ids"),
+        (_open_message(output_token_ids=b"1"), "open.output_token_ids"),
+        (_open_message(mode=0), "open.mode"),
+        (_open_message(mode=9), "open.mode"),
+        (_open_message(assist=9), "open.assist"),
+        (pb.GenerateRequest(open=pb.Open(mode=1)), "open.sampling"),
+        (pb.GenerateRequest(draft=pb.Draft(draft_probs=b"abc")), "draft.draft_probs"),
+    ],
+)
+def test_malformed_edge_frames_are_refused(message: pb.GenerateRequest, field: str) -> None:
+    with pytest.raises(RemoteProtocolError) as caught:
+        codec.decode_edge(message)
+    assert caught.value.field == field
+
+
+def test_biases_must_match_their_token_ids() -> None:
+    message = codec.encode_edge(OPEN)
+    message.open.sampling.logit_bias_values.append(1.0)
+    with pytest.raises(RemoteProtocolError) as caught:
+        codec.decode_edge(message)
+    assert caught.value.field == "open.sampling.logit_bias_values"
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (pb.GenerateResponse(), "frame"),
+        (pb.GenerateResponse(verdict=pb.Verdict(finish_reason=9)), "verdict.finish_reason"),
+        (
+            pb.GenerateResponse(verdict=pb.Verdict(rejection=pb.Rejection(probs=b"12345"))),
+            "verdict.rejection.probs",
+        ),
+    ],
+)
+def test_malformed_cloud_frames_are_refused(message: pb.GenerateResponse, field: str) -> None:
+    with pytest.raises(RemoteProtocolError) as caught:
+        codec.decode_cloud(message)
+    assert caught.value.field == field
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_decode_or_are_refused(data: bytes) -> None:
+    try:
+        message = pb.GenerateRequest.FromString(data)
+    except Exception:
+        return
+    with contextlib.suppress(RemoteProtocolError):
+        codec.decode_edge(message)
