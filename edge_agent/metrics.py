@@ -1,0 +1,203 @@
+"""The edge agent's Prometheus metrics, in a registry of their own.
+
+Speculation counts carry vLLM's own names (v1/spec_decode/metrics.py), so that its dashboards
+work here too; what vLLM does not count is `picospec_edge_*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from picospec.messages import Verdict
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+# Seconds. Links and steps take milliseconds, first tokens up to a minute.
+_STEP_BUCKETS = (
+    0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08,
+    0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0,
+)  # fmt: skip
+_REQUEST_BUCKETS = (
+    0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0,
+    20.0, 40.0, 80.0, 160.0, 600.0,
+)  # fmt: skip
+_MAX_POSITIONS = 64  # labels are bounded
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterState:
+    """What the drafter process says of itself when metrics are read."""
+
+    alive: bool = False
+    restarts: int = 0
+    open_contexts: int = 0
+
+
+class EdgeMetrics:
+    """Implements observer.PipelineObserver, and counts what the API sees."""
+
+    def __init__(self, drafter: Callable[[], DrafterState] = DrafterState) -> None:
+        self._registry = registry = CollectorRegistry()
+        registry.register(_DrafterCollector(drafter))
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def histogram(
+            name: str, text: str, buckets: tuple[float, ...] = _STEP_BUCKETS
+        ) -> Histogram:
+            return Histogram(name, text, buckets=buckets, registry=registry)
+
+        self._num_drafts = counter(
+            "vllm:spec_decode_num_drafts", "Verification steps that judged drafts."
+        )
+        self._num_draft_tokens = counter(
+            "vllm:spec_decode_num_draft_tokens", "Draft tokens judged."
+        )
+        self._num_accepted_tokens = counter(
+            "vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted."
+        )
+        self._num_accepted_per_pos = counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted, by their position among the drafts of a step.",
+            "position",
+        )
+        self._drafted = counter(
+            "picospec_edge_drafted_tokens", "Tokens drafted, those never judged included."
+        )
+        self._rollbacks = counter("picospec_edge_rollbacks", "Chains given up after a rejection.")
+        self._stale = counter(
+            "picospec_edge_stale_tokens", "Draft tokens given up before they were judged."
+        )
+        self._resumes = counter(
+            "picospec_edge_resumes", "Times a generation was taken up again after the link broke."
+        )
+        self._bytes_up = counter(
+            "picospec_edge_bytes_up", "Bytes of gRPC messages sent to the cloud."
+        )
+        self._bytes_down = counter(
+            "picospec_edge_bytes_down", "Bytes of gRPC messages received from the cloud."
+        )
+        self._round_trip = histogram(
+            "picospec_edge_round_trip_seconds",
+            "From sending drafts to their verdict, the cloud's queue and compute time left out.",
+        )
+        self._queue = histogram(
+            "picospec_edge_verdict_queue_seconds", "How long judged drafts waited in the cloud."
+        )
+        self._compute = histogram(
+            "picospec_edge_verdict_compute_seconds", "The engine step that judged the drafts."
+        )
+        self._first_token = histogram(
+            "picospec_edge_time_to_first_token_seconds",
+            "From the request's arrival to its first token.",
+            _REQUEST_BUCKETS,
+        )
+        self._inter_token = histogram(
+            "picospec_edge_inter_token_latency_seconds",
+            "Time between output tokens; of tokens that came together each has its share.",
+        )
+        self._request_time = histogram(
+            "picospec_edge_request_seconds",
+            "From the request's arrival to the end of its answer.",
+            _REQUEST_BUCKETS,
+        )
+        self._requests = counter(
+            "picospec_edge_requests", "Generation requests.", "endpoint", "outcome"
+        )
+        self._generations = counter(
+            "picospec_edge_generations", "Generations that ended.", "outcome"
+        )
+        self._active = Gauge(
+            "picospec_edge_active_generations", "Generations running now.", registry=registry
+        )
+        self._reachable = Gauge(
+            "picospec_edge_cloud_reachable", "1 while the cloud answers.", registry=registry
+        )
+
+    def exposition(self) -> bytes:
+        """What GET /metrics answers."""
+        return generate_latest(self._registry)
+
+    # observer.PipelineObserver
+
+    def round_trip(self, seconds: float) -> None:
+        self._round_trip.observe(seconds)
+
+    def verdict(self, verdict: Verdict) -> None:
+        self._queue.observe(verdict.queue_us / 1e6)
+        self._compute.observe(verdict.compute_us / 1e6)
+        if not verdict.num_draft_tokens:
+            return
+        self._num_drafts.inc()
+        self._num_draft_tokens.inc(verdict.num_draft_tokens)
+        self._num_accepted_tokens.inc(verdict.num_accepted)
+        for position in range(min(verdict.num_accepted, _MAX_POSITIONS)):
+            self._num_accepted_per_pos.labels(str(position)).inc()
+
+    def drafted(self, num_tokens: int) -> None:
+        self._drafted.inc(num_tokens)
+
+    def rollback(self) -> None:
+        self._rollbacks.inc()
+
+    def stale(self, num_tokens: int) -> None:
+        self._stale.inc(num_tokens)
+
+    def resumed(self) -> None:
+        self._resumes.inc()
+
+    def bytes_up(self, num_bytes: int) -> None:
+        self._bytes_up.inc(num_bytes)
+
+    def bytes_down(self, num_bytes: int) -> None:
+        self._bytes_down.inc(num_bytes)
+
+    def generation_started(self) -> None:
+        self._active.inc()
+
+    def generation_finished(self, outcome: str) -> None:
+        self._active.dec()
+        self._generations.labels(outcome).inc()
+
+    # The API
+
+    def time_to_first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
+
+    def inter_token(self, seconds: float, num_tokens: int) -> None:
+        """`num_tokens` came together, `seconds` after the ones before."""
+        for _ in range(num_tokens):
+            self._inter_token.observe(seconds / num_tokens)
+
+    def request_finished(self, endpoint: str, outcome: str, seconds: float) -> None:
+        self._requests.labels(endpoint, outcome).inc()
+        self._request_time.observe(seconds)
+
+    def cloud_reachable(self, reachable: bool) -> None:
+        self._reachable.set(reachable)
+
+
+class _DrafterCollector(Collector):
+    """Asks the drafter process when it is read, instead of being told."""
+
+    def __init__(self, state: Callable[[], DrafterState]) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state()
+        yield GaugeMetricFamily(
+            "picospec_edge_drafter_alive", "1 while the drafter process runs.", state.alive
+        )
+        yield GaugeMetricFamily(
+            "picospec_edge_drafter_contexts", "Contexts the drafter holds.", state.open_contexts
+        )
+        yield CounterMetricFamily(
+            "picospec_edge_drafter_restarts", "Times the drafter was restarted.", state.restarts
+        )
