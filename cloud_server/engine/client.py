@@ -1,0 +1,168 @@
+"""The real verification engine: vLLM's engine core in a process of its own.
+
+This process holds vLLM's asynchronous core client and nothing else of vLLM's front end: sessions
+are opened, fed and aborted with the core's own ADD and ABORT messages, in order, without replies;
+what the scheduler decides comes back as `Opened` and `Verdict`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+
+from vllm.sampling_params import SamplingParams as VLLMSamplingParams
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
+from vllm.v1.executor import Executor
+
+from cloud_server.config import EngineConfig
+from cloud_server.engine.envelope import Delivery, unwrap, wrap
+from cloud_server.engine.interface import EngineSink, EngineStats
+from cloud_server.engine.model import build_vllm_config, model_card
+from picospec.errors import CloudUnavailable, ConfigError, PicoSpecError
+from picospec.messages import Draft, ModelCard, Open, Verdict
+
+log = logging.getLogger(__name__)
+
+
+class VLLMEngine:
+    """`VerificationEngine` over vLLM (cloud_server/engine/interface.py)."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._client: AsyncMPClient | None = None
+        self._card: ModelCard | None = None
+        self._sinks: dict[str, EngineSink] = {}
+        self._stats = EngineStats()
+        self._pump: asyncio.Task[None] | None = None
+        self._dead = False
+
+    async def start(self) -> ModelCard:
+        """Start the engine's process and wait for it (bounded by vLLM's own start-up limit).
+
+        Raises ConfigError for a configuration that vLLM refuses, PicoSpecError if the engine
+        does not come up.
+        """
+        vllm_config = await asyncio.to_thread(build_vllm_config, self._config)
+        self._card = await asyncio.to_thread(model_card, self._config, vllm_config)
+        try:
+            self._client = await asyncio.to_thread(
+                EngineCoreClient.make_async_mp_client,
+                vllm_config,
+                Executor.get_class(vllm_config),
+                log_stats=True,
+            )
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever vLLM raises for a failed start
+            raise PicoSpecError(f"the engine did not start: {error}") from error
+        # vLLM may have shortened the length to what the KV cache holds.
+        self._card = dataclasses.replace(
+            self._card, max_model_len=vllm_config.model_config.max_model_len
+        )
+        self._pump = asyncio.create_task(self._read_outputs(), name="engine-outputs")
+        return self._card
+
+    async def open(self, session_key: str, request: Open, sink: EngineSink) -> None:
+        client = self._alive()
+        self._sinks[session_key] = sink
+        output = request.output_token_ids.tolist()
+        await client.add_request_async(
+            EngineCoreRequest(
+                request_id=session_key,
+                prompt_token_ids=request.prompt_token_ids.tolist() + output,
+                mm_features=None,
+                sampling_params=VLLMSamplingParams(
+                    temperature=0.0,  # vLLM never samples here: see worker.VerificationRunner
+                    max_tokens=request.max_tokens - len(output),
+                    stop_token_ids=list(request.stop_token_ids),
+                    detokenize=False,
+                    extra_args=wrap(request),
+                ),
+                pooling_params=None,
+                arrival_time=time.time(),
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+            )
+        )
+
+    async def deliver(self, session_key: str, draft: Draft) -> None:
+        client = self._alive()
+        if session_key not in self._sinks:
+            return
+        await client.add_request_async(
+            EngineCoreRequest(
+                request_id=session_key,
+                prompt_token_ids=[0],  # not looked at; the draft is in the envelope
+                mm_features=None,
+                sampling_params=VLLMSamplingParams(
+                    max_tokens=1, extra_args=wrap(Delivery(draft, time.monotonic()))
+                ),
+                pooling_params=None,
+                arrival_time=0.0,
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+            )
+        )
+
+    async def abort(self, session_key: str) -> None:
+        if self._sinks.pop(session_key, None) is None or self._client is None or self._dead:
+            return
+        await self._client.abort_requests_async([session_key])
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def healthy(self) -> bool:
+        return self._client is not None and not self._dead
+
+    async def shutdown(self) -> None:
+        if self._pump is not None:
+            self._pump.cancel()
+            await asyncio.gather(self._pump, return_exceptions=True)
+        if self._client is not None:
+            await asyncio.to_thread(self._client.shutdown)
+            self._client = None
+
+    def _alive(self) -> AsyncMPClient:
+        if self._client is None or self._dead:
+            raise CloudUnavailable("the engine is not running")
+        return self._client
+
+    async def _read_outputs(self) -> None:
+        assert self._client is not None
+        try:
+            while True:
+                self._dispatch(await self._client.get_output_async())
+        except asyncio.CancelledError:
+            raise
+        except Exception:  # EngineDeadError, or whatever broke the socket: nothing comes any more
+            log.exception("the engine died")
+            self._dead = True
+            sinks, self._sinks = self._sinks, {}
+            for sink in sinks.values():
+                sink(CloudUnavailable("the engine died"))
+
+    def _dispatch(self, outputs: EngineCoreOutputs) -> None:
+        stats = outputs.scheduler_stats
+        if stats is not None and (ours := unwrap(stats.kv_connector_stats)) is not None:
+            self._stats = ours
+        for output in outputs.outputs:
+            sink = self._sinks.get(output.request_id)
+            events = unwrap(output.kv_transfer_params)
+            if sink is None or events is None:
+                if sink is not None and output.finish_reason is not None:
+                    del self._sinks[output.request_id]
+                    sink(PicoSpecError("the engine ended the session without a verdict"))
+                continue
+            for event in events:
+                if isinstance(event, PicoSpecError) or (
+                    isinstance(event, Verdict) and event.finish_reason is not None
+                ):
+                    self._sinks.pop(output.request_id, None)
+                sink(event)

@@ -1,0 +1,25 @@
+"""The proposer that proposes nothing: drafts come over the wire.
+
+vLLM prepares its model runner for drafts (several logits rows a request, rollback) only when a
+speculative method is configured; the method `custom_class` with this class is that switch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class NullProposer:
+    """A custom_class proposer (vllm/v1/spec_decode/custom_class_proposer.py)."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        del vllm_config
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """There is no model."""
+
+    def propose(
+        self, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
+        """No drafts for any of the requests."""
+        return [[] for _ in sampled_token_ids]

@@ -1,0 +1,412 @@
+"""vLLM's scheduler, taught to verify drafts that arrive from outside.
+
+A session is one vLLM request for the whole generation. What changes its state:
+  - `add_request` opens it, and hands a delivered Draft to its `DraftQueue`;
+  - `schedule` turns queued drafts into the request's `spec_token_ids`, holds sessions that have
+    nothing to judge, and tells the worker what each session's logits rows are for;
+  - `update_from_output` lets vLLM commit what was accepted and reports a Verdict.
+Nothing else may. A held session keeps its KV cache and costs no step; when memory is short it is
+evicted (least recently used first), to be prefilled again when its edge speaks up.
+
+In between steps, `request.num_computed_tokens == request.num_tokens - 1` for every running
+session past its prefill: the last committed token is forwarded again, together with the drafts,
+so that its logits row judges the first of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.sched.utils import check_stop
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import FinishReason as VLLMFinishReason
+from vllm.v1.request import Request, RequestStatus
+
+from cloud_server.engine.envelope import Delivery, StepPlan, VerificationStep, unwrap, wrap
+from cloud_server.engine.interface import EngineEvent, EngineStats
+from cloud_server.engine.verification import StepKind, StepResult
+from picospec.errors import NumericalError
+from picospec.messages import AssistPolicy, FinishReason, Open, Opened, Verdict, VerificationMode
+from picospec.session import DraftQueue, Work
+
+_FINISH_REASONS = {
+    VLLMFinishReason.STOP: FinishReason.STOP,
+    VLLMFinishReason.LENGTH: FinishReason.LENGTH,
+}
+
+
+@dataclass(slots=True, eq=False)
+class EngineSession:
+    """A generation as the scheduler sees it."""
+
+    request: Request
+    opening: Open
+    queue: DraftQueue
+    opened: bool = False  # the edge has been told that the prompt is in
+    work: Work | None = None  # what the running step was asked to judge
+    unseen_forced: list[int] = field(default_factory=list)  # appended, not in the worker yet
+    last_step: int = 0  # in which it was scheduled, for least-recently-used eviction
+
+    @property
+    def split(self) -> bool:
+        return self.opening.mode is VerificationMode.SPLIT
+
+    @property
+    def prefilling(self) -> bool:
+        return not self.opened or self.request.num_computed_tokens < self.request.num_tokens - 1
+
+
+class VerificationScheduler(Scheduler):
+    """The engine's `scheduler_cls` (synchronous scheduling, one engine)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._max_draft_tokens = self.num_spec_tokens
+        # vLLM pads one-token admissions with placeholder drafts to keep CUDA graphs uniform
+        # (`pad_spec_decode`); they would be judged as if an edge had sent them.
+        self.num_spec_tokens = 0
+        self._sessions: dict[str, EngineSession] = {}
+        self._events: dict[int, list[EngineCoreOutput]] = {}  # to send with the next outputs
+        self._step_started_s = 0.0
+        self._totals: Counter[str] = Counter()
+
+    # -- sessions come, speak and go ---------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        value = unwrap(request.sampling_params and request.sampling_params.extra_args)
+        if isinstance(value, Delivery):
+            self._deliver(request.request_id, value)
+            return
+        super().add_request(request)
+        if isinstance(value, Open):
+            self._sessions[request.request_id] = EngineSession(
+                request,
+                value,
+                DraftQueue(
+                    value.mode,
+                    prompt_length=len(value.prompt_token_ids),
+                    committed=request.all_token_ids,
+                    verify_whole_rounds=value.verify_whole_rounds,
+                ),
+            )
+
+    def _deliver(self, request_id: str, delivery: Delivery) -> None:
+        session = self._sessions.get(request_id)
+        if session is None:
+            return  # finished or aborted meanwhile
+        stale = session.queue.stale_tokens
+        recovered = session.queue.add(delivery.draft, delivery.arrived_s)
+        self._totals["stale"] += session.queue.stale_tokens - stale
+        if recovered is not None:
+            self._append_recovered(session, recovered)
+
+    def _append_recovered(self, session: EngineSession, token_id: int) -> None:
+        """Commit the token that the edge drew after a rejection."""
+        request = session.request
+        request.append_output_token_ids(token_id)
+        session.unseen_forced.append(token_id)
+        if request.status == RequestStatus.RUNNING:
+            # Every token before it has been forwarded: the rejection came from their logits.
+            request.num_computed_tokens = request.num_tokens - 1
+        status = request.status
+        if check_stop(request, self.max_model_len):
+            finished, request.status = request.status, status
+            reason = _FINISH_REASONS[RequestStatus.get_finished_reason(finished)]
+            self.finish_requests(request.request_id, finished)
+            verdict = Verdict(session.queue.epoch, request.num_tokens, finish_reason=reason)
+            self._emit(request, [verdict])
+
+    def _emit(self, request: Request, events: Sequence[EngineEvent]) -> None:
+        self._events.setdefault(request.client_index, []).append(
+            EngineCoreOutput(request.request_id, [], kv_transfer_params=wrap(events))
+        )
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._sessions.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)
+
+    # -- which sessions have something to do -------------------------------------------------
+
+    def _has_step(self, session: EngineSession) -> bool:
+        """Whether the next step can bring `session` forward."""
+        if not session.opened or session.queue.has_work:
+            return True
+        running = session.request.status == RequestStatus.RUNNING
+        if running and session.prefilling:
+            return True
+        assist = session.opening.assist
+        return assist is AssistPolicy.ALWAYS or (assist is AssistPolicy.IDLE and self._idle())
+
+    def _idle(self) -> bool:
+        """Whether no session has drafts to verify or a prompt to prefill."""
+        return not any(
+            not session.opened or session.queue.has_work for session in self._sessions.values()
+        )
+
+    def get_num_unfinished_requests(self) -> int:
+        """Held sessions are left out: the engine sleeps while there are only those."""
+        if not super().get_num_unfinished_requests():
+            return len(self._events)
+        plain = len(self.requests) - len(self._sessions)
+        return len(self._events) + plain + sum(map(self._has_step, self._sessions.values()))
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """An evicted session stays out until its edge gives it something to do."""
+        session = self._sessions.get(request.request_id)
+        if session is not None and not self._has_step(session):
+            return False
+        return super()._handle_blocked_waiting_request(request)
+
+    # -- schedule ----------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._step_started_s = time.monotonic()
+        held = [session for session in self._running_sessions() if not self._plan(session)]
+        self._make_room(held)
+        output = super().schedule(*args, **kwargs)
+        output.picospec = self._describe(output)  # type: ignore[attr-defined]
+        return output
+
+    def _running_sessions(self) -> list[EngineSession]:
+        return [
+            session
+            for request in self.running
+            if (session := self._sessions.get(request.request_id)) is not None
+        ]
+
+    def _plan(self, session: EngineSession) -> bool:
+        """Give a running session its drafts for this step, or hold it. True if it may run."""
+        request = session.request
+        request.spec_token_ids = []
+        request.next_decode_eligible_step = 0
+        session.work = None
+        if session.prefilling:
+            return True
+        if not self._has_step(session):
+            request.next_decode_eligible_step = self.current_step + 2  # skip the coming step
+            return False
+        session.work = session.queue.take(self._room(request))
+        if session.work is not None:
+            request.spec_token_ids = list(session.work.token_ids)
+        return True
+
+    def _room(self, request: Request) -> int:
+        """Most drafts that the request's remaining length can use in one step."""
+        return min(
+            self._max_draft_tokens,
+            request.max_tokens - request.num_output_tokens,
+            self.max_model_len - 1 - request.num_tokens,
+        )
+
+    def _make_room(self, held: list[EngineSession]) -> None:
+        """Evict held sessions while those with work lack KV blocks or a place in the batch.
+
+        vLLM preempts a running request only for another running one, so without this a new
+        session would wait for ever behind sessions that wait for their edges.
+        """
+        if not held:
+            return
+        waiting = [
+            session.request
+            for session in self._sessions.values()
+            if session.request.status != RequestStatus.RUNNING and self._has_step(session)
+        ]
+        step_blocks = 1 + cdiv(self._max_draft_tokens + 1, self.block_size)
+        needed = (len(self.running) - len(held)) * step_blocks
+        if waiting:
+            needed += cdiv(waiting[0].num_tokens, self.block_size) + step_blocks
+        held.sort(key=lambda session: session.last_step, reverse=True)
+        pool = self.kv_cache_manager.block_pool
+        while held and (
+            pool.get_num_free_blocks() < needed
+            or (waiting and len(self.running) >= self.max_num_running_reqs)
+        ):
+            victim = held.pop().request
+            self.running.remove(victim)
+            super()._preempt_request(victim, self._step_started_s)
+            self._totals["evicted"] += 1
+
+    def _describe(self, output: SchedulerOutput) -> VerificationStep:
+        """What the worker has to know about the step that vLLM has just composed."""
+        step = VerificationStep()
+        for request_id in output.num_scheduled_tokens:
+            session = self._sessions.get(request_id)
+            if session is None:
+                continue
+            session.last_step = self.current_step
+            if session.unseen_forced:
+                step.forced[request_id] = session.unseen_forced
+                session.unseen_forced = []
+            if not session.request.is_prefill_chunk:
+                num_drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+                plan = self._plan_rows(session, num_drafts)
+                if plan is not None:
+                    step.plans[request_id] = plan
+        return step
+
+    def _plan_rows(self, session: EngineSession, num_drafts: int) -> StepPlan | None:
+        """What the session's `num_drafts + 1` logits rows are for; None: nothing this time."""
+        position = session.request.num_tokens
+        work = session.work
+        if num_drafts:
+            assert work is not None
+            return StepPlan(StepKind.DRAFTS, position, work.draft_probs[:num_drafts])
+        if not session.split:
+            return StepPlan(StepKind.DRAFTS, position)
+        if not session.opened:
+            if session.opening.probe:
+                return StepPlan(StepKind.PROBE, position, attempt=session.opening.probe - 1)
+            return StepPlan(StepKind.FIRST, position)
+        if work is not None and work.probe:
+            return StepPlan(StepKind.PROBE, position, attempt=work.probe - 1)
+        if self._room(session.request) < 1:
+            # No room to verify a draft for the last position: the cloud draws it itself.
+            return StepPlan(StepKind.FIRST, position)
+        return None  # an evicted session is back; its drafts are judged in the next step
+
+    # -- update ------------------------------------------------------------------------------
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: Any
+    ) -> dict[int, EngineCoreOutputs]:
+        step: VerificationStep = scheduler_output.picospec  # type: ignore[attr-defined]
+        results: dict[str, StepResult | NumericalError] = getattr(model_runner_output, "picospec", {})
+        # A session that stops is gone from `_sessions` before its last verdict is made.
+        stepped = {
+            request_id: self._sessions[request_id]
+            for request_id in scheduler_output.num_scheduled_tokens
+            if request_id in self._sessions
+        }
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        emitted = {
+            output.request_id: output for group in outputs.values() for output in group.outputs
+        }
+        compute_us = int((time.monotonic() - self._step_started_s) * 1e6)
+        for request_id, session in stepped.items():
+            request = session.request
+            if not request.is_finished() and not request.is_prefill_chunk:
+                request.num_computed_tokens = request.num_tokens - 1
+            result = results.get(request_id)
+            if isinstance(result, NumericalError):
+                self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
+                self._emit(request, [result])
+            elif result is not None and not request.status == RequestStatus.FINISHED_ABORTED:
+                drafts = scheduler_output.scheduled_spec_decode_tokens.get(request_id, [])
+                self._conclude(
+                    session,
+                    step.plans[request_id],
+                    result,
+                    emitted.get(request_id),
+                    num_drafts=len(drafts),
+                    compute_us=compute_us,
+                )
+        for client_index, events in self._events.items():
+            group = outputs.setdefault(client_index, EngineCoreOutputs())
+            group.outputs = [*group.outputs, *events]
+        self._events.clear()
+        return outputs
+
+    def _conclude(
+        self,
+        session: EngineSession,
+        plan: StepPlan,
+        result: StepResult,
+        output: EngineCoreOutput | None,
+        *,
+        num_drafts: int,
+        compute_us: int,
+    ) -> None:
+        """Make the session's Verdict from what vLLM committed (it cuts at a stop token)."""
+        token_ids = output.new_token_ids if output is not None else []
+        finish_reason = None
+        if output is not None and output.finish_reason is not None:
+            finish_reason = _FINISH_REASONS.get(output.finish_reason)
+        num_accepted = min(result.num_accepted, len(token_ids))
+        work, session.work = session.work, None
+        queue_us = 0
+        if work is not None and num_drafts:
+            queue_us = max(0, int((self._step_started_s - work.arrived_s) * 1e6))
+        rejection = result.rejection if finish_reason is None else None
+        verdict = Verdict(
+            epoch=session.queue.epoch,
+            position=plan.position,
+            num_accepted=num_accepted,
+            token_ids=tuple(token_ids[num_accepted:]),
+            rejection=rejection,
+            finish_reason=finish_reason,
+            num_draft_tokens=num_drafts,
+            queue_us=queue_us,
+            compute_us=compute_us,
+        )
+        events: list[EngineEvent] = [verdict]
+        if not session.opened:
+            session.opened = True
+            events.insert(0, self._opened(session, plan, output))
+        session.queue.judged(
+            num_accepted=num_accepted,
+            cloud_token_ids=verdict.token_ids,
+            rejected=rejection is not None,
+        )
+        if output is None:
+            self._emit(session.request, events)
+        else:
+            output.kv_transfer_params = wrap(events)
+
+    def _opened(
+        self, session: EngineSession, plan: StepPlan, output: EngineCoreOutput | None
+    ) -> Opened:
+        # vLLM hands the statistics out with the first token; a probe has none.
+        prefill = (
+            output.prefill_stats if output is not None else session.request.take_prefill_stats()
+        )
+        return Opened(
+            first_position=plan.position,
+            cached_prompt_tokens=prefill.num_cached_tokens if prefill is not None else 0,
+            max_draft_tokens=self._max_draft_tokens,
+            window=0,
+            sparse_k=session.opening.sparse_k,
+        )
+
+    # -- what vLLM's own speculation would do --------------------------------------------------
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        """Drafts come over the wire, never from the runner."""
+
+    def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> None:
+        """Counted from the verdicts, in the gRPC process."""
+        return None
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.kv_connector_stats = wrap(self._engine_stats())
+        return stats
+
+    def _engine_stats(self) -> EngineStats:
+        running = waiting = 0
+        for session in self._sessions.values():
+            if self._has_step(session):
+                if session.request.status == RequestStatus.RUNNING:
+                    running += 1
+                else:
+                    waiting += 1
+        return EngineStats(
+            running_sessions=running,
+            held_sessions=len(self._sessions) - running - waiting,
+            waiting_sessions=waiting,
+            kv_cache_usage=self.kv_cache_manager.usage,
+            evicted_sessions=self._totals["evicted"],
+            preempted_sessions=self._totals["preempted"],
+            stale_tokens=self._totals["stale"],
+        )
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self._totals["preempted"] += 1
+        super()._preempt_request(request, *args, **kwargs)

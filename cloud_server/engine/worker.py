@@ -1,0 +1,169 @@
+"""vLLM's worker, taught to judge drafts that came over the wire.
+
+The worker is vLLM's own; only its model runner is replaced by a subclass that
+  - learns a session's sampling law when the session first runs,
+  - adds recovered tokens to its copy of the session before the forward, and
+  - judges each session's logits rows with `verification.verify` where vLLM would sample.
+
+Everything about devices stays in vLLM: this file works on whatever tensors it hands over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
+
+from cloud_server.engine.envelope import StepPlan, VerificationStep, unwrap
+from cloud_server.engine.verification import StepResult, VerificationLaw, verify
+from picospec.errors import NumericalError
+from picospec.messages import EMPTY_TOKENS, Open, TokenArray
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+
+_NO_TOKEN = -1  # vLLM's PLACEHOLDER_TOKEN_ID: removed when the output is parsed
+_MIN_COLUMNS = 2  # with one column vLLM takes the output as it is, placeholders included
+
+
+class VerificationRunner:
+    """Mixed in before vLLM's model runner (see `VerificationWorker.init_device`)."""
+
+    input_batch: Any
+    requests: dict[str, Any]
+    model_config: Any
+    device: torch.device
+
+    def prepare_verification(self) -> None:
+        self._opens: dict[str, Open] = {}
+        self._laws: dict[str, VerificationLaw] = {}
+        self._step = VerificationStep()
+        self._drafts: dict[str, list[int]] = {}
+        self._results: dict[str, StepResult | NumericalError] = {}
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self._step = getattr(scheduler_output, "picospec", None) or VerificationStep()
+        self._drafts = scheduler_output.scheduled_spec_decode_tokens
+        for request_id in scheduler_output.finished_req_ids:
+            self._laws.pop(request_id, None)
+            self._opens.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            request: Open | None = unwrap(new.sampling_params and new.sampling_params.extra_args)
+            if request is not None:  # vLLM's warm-up requests have none
+                self._opens[new.req_id] = request
+                self._laws[new.req_id] = VerificationLaw(
+                    mode=request.mode,
+                    sampling=request.sampling,
+                    exact=request.exact,
+                    sparse_k=request.sparse_k,
+                    logits_width=self.model_config.get_vocab_size(),
+                )
+        for request_id, token_ids in self._step.forced.items():
+            self._append(request_id, token_ids)
+        return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+
+    def _append(self, request_id: str, token_ids: list[int]) -> None:
+        """Add recovered tokens to the cached session, as if it had sampled them itself."""
+        state = self.requests.get(request_id)
+        if state is None:
+            return  # first run since the session was opened: the prompt has them
+        state.output_token_ids.extend(token_ids)
+        index = self.input_batch.req_id_to_index.get(request_id)
+        if index is None:
+            return  # not in the persistent batch: copied from the state when it is added
+        start = self.input_batch.num_tokens_no_spec[index]
+        end = start + len(token_ids)
+        self.input_batch.token_ids_cpu[index, start:end] = token_ids
+        self.input_batch.is_token_ids[index, start:end] = True
+        self.input_batch.num_tokens_no_spec[index] = end
+
+    def _sample(
+        self, logits: torch.Tensor | None, spec_decode_metadata: Any | None
+    ) -> SamplerOutput:
+        """Judge every session that has a plan; the rest get no token.
+
+        logits: [sum of (drafts + 1), logits_width], a session's rows contiguous, in the
+        order of the batch.
+        """
+        self._results = {}
+        request_ids = self.input_batch.req_ids
+        num_drafts = (
+            spec_decode_metadata.num_draft_tokens
+            if spec_decode_metadata is not None
+            else [0] * len(request_ids)
+        )
+        assert logits is not None
+        tokens: list[list[int]] = []
+        row = 0
+        for request_id, count in zip(request_ids, num_drafts, strict=True):
+            rows = logits[row : row + count + 1]
+            row += count + 1
+            plan = self._step.plans.get(request_id)
+            tokens.append([] if plan is None else self._judge(request_id, rows, plan))
+        columns = max(_MIN_COLUMNS, max(map(len, tokens), default=0))
+        sampled = np.full((len(tokens), columns), _NO_TOKEN, np.int32)
+        for index, token_ids in enumerate(tokens):
+            sampled[index, : len(token_ids)] = token_ids
+        return SamplerOutput(
+            sampled_token_ids=torch.from_numpy(sampled).to(self.device), logprobs_tensors=None
+        )
+
+    def _judge(self, request_id: str, rows: torch.Tensor, plan: StepPlan) -> list[int]:
+        drafts = self._drafts.get(request_id, [])
+        law = self._laws[request_id]
+        prompt, output = (
+            self._history(request_id, plan.position)
+            if law.sampling.has_penalties
+            else (EMPTY_TOKENS, EMPTY_TOKENS)
+        )
+        try:
+            result = verify(
+                rows,
+                law,
+                position=plan.position,
+                draft_token_ids=drafts,
+                draft_probs=plan.draft_probs,
+                prompt_token_ids=prompt,
+                output_token_ids=output,
+                step=plan.kind,
+                attempt=plan.attempt,
+            )
+        except NumericalError as error:  # this session's logits; the others' are sound
+            self._results[request_id] = error
+            return []
+        self._results[request_id] = result
+        return [*drafts[: result.num_accepted], *result.token_ids]
+
+    def _history(self, request_id: str, position: int) -> tuple[TokenArray, TokenArray]:
+        """The session's prompt and its output before `position` (views)."""
+        index = self.input_batch.req_id_to_index[request_id]
+        token_ids = self.input_batch.token_ids_cpu[index]
+        prompt_length = len(self._opens[request_id].prompt_token_ids)
+        return token_ids[:prompt_length], token_ids[prompt_length:position]
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        if isinstance(output, ModelRunnerOutput):
+            output.picospec = self._results  # type: ignore[attr-defined]
+        return output
+
+    def take_draft_token_ids(self) -> None:
+        """Drafts come over the wire, never from the runner."""
+        return None
+
+
+class VerificationWorker(_Worker):
+    """The engine's `worker_cls`."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        runner = self.model_runner
+        runner.__class__ = type(
+            f"Verification{type(runner).__name__}", (VerificationRunner, type(runner)), {}
+        )
+        runner.prepare_verification()
