@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in words[:1]:  # only the command that runs is imported
             importlib.import_module(f"picospec_cli.{name}").add_arguments(subparser)
     arguments = parser.parse_args(words)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     try:
         status: int = importlib.import_module(f"picospec_cli.{arguments.command}").run(arguments)
         return status
@@ -40,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a command the way Ctrl-C does: what it started is stopped and cleaned up."""
-    raise KeyboardInterrupt
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """A command asked to end unwinds, so that what it started is stopped and cleaned up."""
+    raise SystemExit(128 + signum)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,11 @@ class CommandFailed(PicoSpecError):
     """A command could not do what was asked; the message is all that the user is shown."""
 
 
+def is_interactive() -> bool:
+    """Whether somebody can type at us. A service may have no stdin at all."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from picospec_cli.console import CommandFailed, tail
 from picospec_cli.processes import die_with_parent
@@ -30,13 +31,12 @@ def gguf_to_hugging_face(gguf: Path, out: Path) -> None:
     A loaded GGUF model refuses to be saved for its quantization config, though its weights are
     plain fp32 by then; so they move into a fresh model without one.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
     )
     config = type(loaded.config).from_dict(

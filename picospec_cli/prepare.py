@@ -29,7 +29,7 @@ TARGET = "target"
 DRAFTS = {"draft-int4": "int4", "draft-int8": "int8"}
 TARGET_RECIPE: Recipe = {"format": 1, "source": GGUF_SHA256, "precision": "fp32"}
 
-_NEEDED = ("torch", "transformers", "gguf", "accelerate", "onnxruntime-genai", "onnx", "onnx-ir")
+NEEDED = ("torch", "transformers", "gguf", "accelerate", "onnxruntime-genai", "onnx", "onnx-ir")
 _FREE_BYTES_MIN = 2_000_000_000
 
 
@@ -152,7 +152,7 @@ def _identity(folder: Path) -> str:
 
 def _check_packages() -> None:
     missing = []
-    for name in _NEEDED:
+    for name in NEEDED:
         try:
             version(name)
         except PackageNotFoundError:

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from picospec_cli.console import CommandFailed, say, tail
+
+STOP_GRACE_S = 15.0
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -16,3 +27,73 @@ def die_with_parent() -> None:
     """
     if hasattr(_libc, "prctl"):
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Daemon:
+    """`python -m MODULE FLAGS` in a session of its own, so that Ctrl-C reaches only us.
+
+    Its output goes to `log`, or with None to our own stderr.
+    """
+
+    def __init__(self, module: str, flags: Sequence[str], log: Path | None = None) -> None:
+        self.name = module
+        self._log = log
+        output = (
+            sys.stderr.fileno()
+            if log is None
+            else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        finally:
+            if log is not None:
+                os.close(output)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def check_alive(self) -> None:
+        """Raises CommandFailed, with the end of the log, if the daemon has ended."""
+        status = self._process.poll()
+        if status is None:
+            return
+        end = ""
+        if self._log is not None:
+            end = f"; the end of {self._log}:\n{tail(self._log.read_text(errors='replace'))}"
+        raise CommandFailed(f"{self.name} ended with status {status}{end}")
+
+    def terminate(self) -> None:
+        """Ask it to stop; `join` waits until it has."""
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the end, then kill what is left of its process group."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+        if self._process.poll() is None:
+            say(f"{self.name} did not stop within {timeout_s:.0f} s; killing it")
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def stop(daemons: Sequence[Daemon], grace_s: float = STOP_GRACE_S) -> None:
+    """Stop all at once; those that take longer than `grace_s`, or a second Ctrl-C, are killed."""
+    for daemon in daemons:
+        daemon.terminate()
+    deadline_s = time.monotonic() + grace_s
+    for daemon in daemons:
+        try:
+            daemon.join(max(0.0, deadline_s - time.monotonic()))
+        except (KeyboardInterrupt, SystemExit):
+            deadline_s = 0.0
+            daemon.join(0.0)
