@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import Receive
+from starlette.types import Message, Receive, Send
 
 from edge_agent.api.errors import ClientGone
 from picospec.errors import (
@@ -69,6 +69,8 @@ class Admission:
         self._api_key = api_key.encode()
         self._tickets: set[Ticket] = set()
         self._request_ids: set[str] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
         self.closing = False
 
     @property
@@ -86,10 +88,17 @@ class Admission:
             )
         ticket = Ticket(self._timeout_s)
         self._tickets.add(ticket)
+        self._empty.clear()
         try:
             yield ticket
         finally:
             self._tickets.discard(ticket)
+            if not self._tickets:
+                self._empty.set()
+
+    async def drained(self) -> None:
+        """Returns once no request is being answered."""
+        await self._empty.wait()
 
     def abort_all(self) -> None:
         """Ends every running request now; its client is told."""
@@ -118,46 +127,59 @@ class Admission:
             self._request_ids.discard(request_id)
 
 
-async def read_body(headers: Headers, receive: Receive, ticket: Ticket, max_bytes: int) -> bytes:
-    """Raises HTTPException 413 or 415, ClientGone, DeadlineExceeded."""
-    # Also what keeps other sites' pages out: a browser asks before it sends this type.
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "The body must be sent as Content-Type: application/json.")
-    too_large = HTTPException(413, f"The body is larger than {max_bytes} bytes.")
-    length = headers.get("content-length", "")
-    if length.isdecimal() and (len(length) > 18 or int(length) > max_bytes):
-        raise too_large
-    parts: list[bytes] = []
-    num_bytes = 0
-    async with ticket.in_time(_BODY_TIMEOUT_S):
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
+class Client:
+    """The other end of one exchange: reads the body, sends, and notices when it goes away."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._answered = False
+
+    async def read_body(self, headers: Headers, ticket: Ticket, max_bytes: int) -> bytes:
+        """Raises HTTPException 413 or 415, ClientGone, DeadlineExceeded."""
+        # Also what keeps other sites' pages out: a browser asks before it sends this type.
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HTTPException(415, "The body must be sent as Content-Type: application/json.")
+        too_large = HTTPException(413, f"The body is larger than {max_bytes} bytes.")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > max_bytes):
+            raise too_large
+        parts: list[bytes] = []
+        num_bytes = 0
+        async with ticket.in_time(_BODY_TIMEOUT_S):
+            while True:
+                message = await self._receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part = message.get("body", b"")
+                parts.append(part)
+                num_bytes += len(part)
+                if num_bytes > max_bytes:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._answered = True
+        await self._send(message)
+
+    async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
+        """`work`'s result; cancels it and raises ClientGone when the client goes away first."""
+        task = asyncio.ensure_future(work)
+        watch = asyncio.ensure_future(self._disconnected())
+        try:
+            await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+            # The server also reports a disconnect at the end of every answer.
+            if not task.done() and not self._answered:
                 raise ClientGone
-            part = message.get("body", b"")
-            parts.append(part)
-            num_bytes += len(part)
-            if num_bytes > max_bytes:
-                raise too_large
-            if not message.get("more_body", False):
-                return b"".join(parts)
+            return await task
+        finally:
+            for future in (task, watch):
+                future.cancel()
+            await asyncio.gather(task, watch, return_exceptions=True)
 
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """`work`'s result; cancels it and raises ClientGone when the client goes away first."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        for future in (task, watch):
-            future.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    async def _disconnected(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass

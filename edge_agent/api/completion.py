@@ -14,8 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from edge_agent.api import admission
-from edge_agent.api.admission import Admission, Ticket
+from edge_agent.api.admission import Admission, Client, Ticket
 from edge_agent.api.answers import Answer, ChatAnswer, TextAnswer, encode, usage
 from edge_agent.api.errors import ClientGone, failure_of
 from edge_agent.api.host import Host
@@ -68,13 +67,14 @@ class CompletionEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.monotonic()
         headers = Headers(scope=scope)
+        client = Client(receive, send)
         outcome = "cancelled"  # unless something else is known to have happened
         try:
             self._gate.check_key(headers)
             with self._gate.ticket() as ticket:
-                body = await admission.read_body(headers, receive, ticket, self._max_body_bytes)
-                work = self._answer(body, ticket, send, started_s)
-                outcome = await admission.while_connected(receive, work)
+                body = await client.read_body(headers, ticket, self._max_body_bytes)
+                work = self._answer(body, ticket, client.send, started_s)
+                outcome = await client.while_connected(work)
         except ClientGone:
             logger.info("the client went away")
         except (PicoSpecError, HTTPException) as error:

@@ -82,7 +82,8 @@ def _as_list(value: Any) -> Any:
 
 def _as_float32(value: float) -> float:
     # The cloud computes with float32: check and use the value that it will see.
-    return float(np.float32(value))
+    with np.errstate(over="ignore"):  # an infinity is refused by the field's bound
+        return float(np.float32(value))
 
 
 Real = Annotated[float, AfterValidator(_as_float32)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -75,13 +75,17 @@ async def serve(
     server.lifespan = config.lifespan_class(config)
     await server.startup()
     port = server.servers[0].sockets[0].getsockname()[1]
-    ticking = asyncio.ensure_future(server.main_loop())
     base_url = f"http://127.0.0.1:{port}"
     try:
         async with httpx.AsyncClient(base_url=base_url, timeout=10) as http:
             yield EdgeApi(base_url, host, generator, gate, metrics, http)
     finally:
-        server.should_exit = True
         server.force_exit = True
-        await ticking
         await server.shutdown()
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Returns once `condition` holds; what follows an answer's last byte takes a moment."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.005)
