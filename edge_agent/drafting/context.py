@@ -1,0 +1,159 @@
+"""The event loop's handle on one context, and its memory of it.
+
+`DraftContext` mirrors what the worker has told: the text (committed and drafted), branch,
+limit, whether it is blocked, and the recovery that is under way. The mirror is all that is needed
+to rebuild the context in a new worker, exactly where the events left off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+from edge_agent.drafting.kv_cache import SpeculativeTokens
+from edge_agent.drafting.messages import (
+    Allow,
+    CloseContext,
+    Command,
+    ContextFailed,
+    ContextSpec,
+    Drafted,
+    DraftEvent,
+    Exhausted,
+    OpenContext,
+    ProbeNeeded,
+    Recover,
+    Recovered,
+    Rollback,
+)
+from picospec.messages import Rejection
+
+OnEvent = Callable[[DraftEvent], None]  # called on the event loop; must not block
+Send = Callable[[int, Command], None]  # context id, command; must not block
+
+
+class DraftContext:
+    """Commands one context. Nothing here blocks; effects arrive as events.
+
+    Events of a branch that is over are not delivered: after `rollback(branch, ...)` returns,
+    only events of `branch` are.
+    """
+
+    def __init__(self, context_id: int, spec: ContextSpec, on_event: OnEvent, send: Send) -> None:
+        self.context_id = context_id
+        self.closed = False
+        self._spec = spec
+        self._on_event = on_event
+        self._send = send
+        self._text = SpeculativeTokens(spec.token_ids)
+        self._branch = 0
+        self._limit = 0
+        self._blocked = False
+        self._recover: Recover | None = None
+        self._command(OpenContext(spec, len(self._text)))
+
+    def allow(self, limit: int) -> None:
+        """Tokens may be drafted for positions below `limit`."""
+        if limit != self._limit:
+            self._limit = limit
+            self._command(Allow(limit))
+
+    def rollback(self, branch: int, length: int, token_ids: tuple[int, ...] = ()) -> None:
+        """Truncate to `length`, append `token_ids` (committed), go on drafting as `branch`.
+
+        Raises ValueError for a length that is committed or beyond the text.
+        """
+        self._restart(branch, length, token_ids)
+        self._command(Rollback(branch, length, token_ids))
+
+    def recover(
+        self, branch: int, position: int, rejection: Rejection, attempt: int, judged: bool
+    ) -> None:
+        """Truncate to `position` and draw its recovered token: Recovered or ProbeNeeded follows.
+
+        Goes on drafting as `branch` after Recovered. Raises ValueError as `rollback`.
+        """
+        self._restart(branch, position)
+        self._recover = Recover(branch, position, rejection, attempt, judged)
+        self._command(self._recover)
+
+    def close(self) -> None:
+        """Free the context. Idempotent; no event follows."""
+        if not self.closed:
+            self._command(CloseContext())
+            self.closed = True
+
+    # For the owner of the worker
+
+    def rebuild(self) -> list[Command]:
+        """The commands that make a fresh worker's context equal to the mirror."""
+        opened = OpenContext(
+            dataclasses.replace(self._spec, token_ids=self._text.token_ids.copy()),
+            self._text.num_committed,
+            self._branch,
+            self._limit,
+            self._blocked,
+        )
+        return [opened] if self._recover is None else [opened, self._recover]
+
+    def deliver(self, event: DraftEvent) -> None:
+        """Record an event of the worker and hand it on, unless it is out of date."""
+        if self.closed:
+            return
+        if isinstance(event, ContextFailed):
+            self.close()
+        elif event.branch != self._branch:
+            return
+        elif isinstance(event, Drafted):
+            for token_id in event.token_ids:
+                self._text.append(token_id)
+        elif isinstance(event, Exhausted):
+            self._blocked = True
+        elif isinstance(event, ProbeNeeded):
+            self._recover, self._blocked = None, True
+        elif isinstance(event, Recovered):
+            self._recover = None
+            self._text.rollback(event.position, (event.token_id,))
+        self._on_event(event)
+
+    def _restart(self, branch: int, length: int, token_ids: tuple[int, ...] = ()) -> None:
+        self._text.rollback(length, token_ids)
+        self._branch, self._blocked, self._recover = branch, False, None
+
+    def _command(self, command: Command) -> None:
+        if not self.closed:
+            self._send(self.context_id, command)
+
+
+class Drafting(Protocol):
+    """Opens contexts: `process.DraftingProcess`, and `scripted.ScriptedDrafting` for tests."""
+
+    restarts: int  # of the worker, since start
+    pid: int | None  # of the worker; None when there is none
+    logits_width: int  # of the drafter; 0: any. Known after start
+    drafted_tokens: int  # since start, rolled back ones included
+    drafting_s: float  # time the drafter computed, since start
+
+    @property
+    def alive(self) -> bool:
+        """A drafter is loaded and drafting. False while it restarts: contexts wait."""
+        ...
+
+    @property
+    def open_contexts(self) -> int: ...
+
+    async def start(self) -> None:
+        """Load the drafter. Raises DrafterFailed if that fails or takes too long."""
+        ...
+
+    async def stop(self) -> None:
+        """End the worker; open contexts get no more events. Idempotent."""
+        ...
+
+    def open(self, spec: ContextSpec, on_event: OnEvent) -> DraftContext:
+        """A context for spec.token_ids, at branch 0, with nothing allowed yet.
+
+        Raises CapacityError when all contexts are taken, DrafterFailed when there is no drafter.
+        """
+        ...

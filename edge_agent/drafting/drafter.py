@@ -1,0 +1,214 @@
+"""The seam to the drafting runtimes: what a drafter is, and which there are.
+
+A `Drafter` is loaded once and opens a `DrafterContext` for each text. What a context proposes
+for the next position is a law (a processed distribution), None where it has nothing to
+propose; drawing from it is the worker's business. Runtimes with a language model only supply
+a `KVRuntime` and are wrapped by `ModelContext`; scripted.py is the double for tests.
+
+A context is lazy: `append` and `rollback` only record, `propose` computes what is missing. So
+the last draft of a window costs no forward until its successor is wanted.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.drafting.kv_cache import SpeculativeKVCache
+from edge_agent.drafting.messages import ContextSpec, DrafterSpec
+from picospec import sampling
+from picospec.errors import DrafterFailed
+from picospec.messages import TokenArray
+from picospec.sampling import Distribution
+
+LogitsArray = NDArray[np.float32]  # [logits_width]
+
+# Modules are imported when chosen: a worker loads no runtime it does not use.
+BACKENDS = {
+    "onnx": "edge_agent.drafting.onnx",
+    "torch": "edge_agent.drafting.torch",
+    "ngram": "edge_agent.drafting.ngram",
+    "scripted": "edge_agent.drafting.scripted",
+}
+
+# Tokens prefilled between two looks at other contexts and at commands.
+PREFILL_CHUNK = 64
+# Tokens a context has room for beyond its prompt, before its KV cache has to grow.
+CAPACITY_HEADROOM = 1024
+
+
+class DrafterContext(Protocol):
+    """One text's state in a drafter."""
+
+    def __len__(self) -> int:
+        """Tokens in the text, drafts included: the position `propose` speaks of."""
+        ...
+
+    def prefill(self) -> bool:
+        """Compute one chunk, if `propose` needs more than that. True: call again first."""
+        ...
+
+    def propose(self) -> Distribution | None:
+        """The law of the next token; None when there is nothing to propose.
+
+        A function of the text alone. Raises whatever the runtime raises.
+        """
+        ...
+
+    def append(self, token_id: int) -> None:
+        """Add a draft to the text."""
+        ...
+
+    def rollback(self, length: int, token_ids: Sequence[int] = ()) -> int:
+        """See SpeculativeTokens.rollback."""
+        ...
+
+    def close(self) -> None:
+        """Free what the runtime holds. Nothing else may be called after it."""
+        ...
+
+
+class Drafter(Protocol):
+    """A loaded drafter. `logits_width` 0: it proposes ids it has seen, of any width."""
+
+    logits_width: int
+
+    def open(self, spec: ContextSpec, num_committed: int = -1) -> DrafterContext:
+        """A context that holds spec.token_ids, of which the first `num_committed` are final."""
+        ...
+
+
+class KVRuntime(Protocol):
+    """A runtime's KV cache of one text, with room for `capacity` tokens."""
+
+    capacity: int
+
+    def forward(self, token_ids: TokenArray) -> LogitsArray:
+        """Add token_ids (int32 [n], n >= 1) to the cache; the logits that follow the last."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Drop all but the first `length` tokens. Cheap; any length from 0 on."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ModelContext:
+    """A DrafterContext over a language model.
+
+    `open_runtime(capacity)` gives an empty KV cache with that room at least. A runtime may
+    reserve memory for all of its capacity at once, so a context starts with room for a usual
+    answer; one that outgrows it prefills again into a bigger cache, each time its length doubles.
+    """
+
+    def __init__(
+        self,
+        open_runtime: Callable[[int], KVRuntime],
+        spec: ContextSpec,
+        num_committed: int,
+        logits_width: int,
+        max_length: int,
+    ) -> None:
+        self._open_runtime = open_runtime
+        self._spec = spec
+        self._cache = SpeculativeKVCache(spec.token_ids, num_committed)
+        self._logits_width = logits_width  # the model's own
+        self._max_length = min(max_length, spec.max_length or max_length)
+        self._runtime: KVRuntime | None = None
+        self._runtime_length = 0
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def append(self, token_id: int) -> None:
+        self._cache.append(token_id)
+
+    def rollback(self, length: int, token_ids: Sequence[int] = ()) -> int:
+        return self._cache.rollback(length, token_ids)
+
+    def close(self) -> None:
+        if self._runtime is not None:
+            self._runtime.close()
+            self._runtime = None
+
+    def prefill(self) -> bool:
+        if len(self) > self._max_length:
+            return False
+        runtime = self._runtime_with_room()
+        if len(self._cache.uncomputed) <= PREFILL_CHUNK:
+            return False
+        self._forward(runtime)
+        return True
+
+    def propose(self) -> Distribution | None:
+        if len(self) > self._max_length:
+            return None
+        while self.prefill():
+            pass
+        if not len(self._cache.uncomputed):
+            # Everything is computed but the logits are gone: the last token runs again.
+            self._cache.num_computed -= 1
+        logits = fit(self._forward(self._runtime_with_room()), self._spec.logits_width)
+        token_ids, prompt_length = self._cache.token_ids, self._spec.prompt_length
+        return sampling.process(
+            logits, self._spec.sampling, token_ids[:prompt_length], token_ids[prompt_length:]
+        )
+
+    def _runtime_with_room(self) -> KVRuntime:
+        room = CAPACITY_HEADROOM
+        if self._runtime is not None:
+            if len(self) <= self._runtime.capacity:
+                return self._runtime
+            room = len(self)
+        self.close()
+        self._runtime = self._open_runtime(min(len(self) + room, self._max_length))
+        self._cache.num_computed = self._runtime_length = 0
+        return self._runtime
+
+    def _forward(self, runtime: KVRuntime) -> LogitsArray:
+        cache = self._cache
+        if self._runtime_length != cache.num_computed:
+            runtime.truncate(cache.num_computed)
+        # An id of the target's padding would be outside the embedding; any token will do for it.
+        token_ids = np.minimum(cache.uncomputed[:PREFILL_CHUNK], self._logits_width - 1)
+        logits = runtime.forward(token_ids)
+        cache.computed(len(token_ids))
+        self._runtime_length = cache.num_computed
+        return logits
+
+
+def fit(logits: LogitsArray, width: int) -> LogitsArray:
+    """Cut or pad (with -inf) logits to `width`, so that both models speak of the same ids.
+
+    >>> fit(np.zeros(2, np.float32), 3)
+    array([  0.,   0., -inf], dtype=float32)
+    """
+    if width in (0, len(logits)):
+        return logits
+    if width < len(logits):
+        return logits[:width]
+    padding = np.full(width - len(logits), -np.inf, np.float32)
+    return np.concatenate([logits, padding])
+
+
+def load(spec: DrafterSpec) -> Drafter:
+    """Load the drafter that `spec` names. Raises DrafterFailed with what went wrong."""
+    if spec.backend not in BACKENDS:
+        raise DrafterFailed(f"unknown drafter backend {spec.backend!r}: one of {[*BACKENDS]}")
+    try:
+        return cast(Drafter, importlib.import_module(BACKENDS[spec.backend]).load(spec))
+    except DrafterFailed:
+        raise
+    except ImportError as error:
+        raise DrafterFailed(
+            f"the {spec.backend} drafter needs a package that is not installed: {error}"
+        ) from error
+    except Exception as error:  # whatever a runtime raises over a model it cannot read
+        raise DrafterFailed(
+            f"cannot load {spec.backend} drafter {spec.model!r}: {error}"
+        ) from error

@@ -1,0 +1,273 @@
+"""The drafter in a process of its own, seen from the event loop.
+
+Why a process: a runtime's forward holds the GIL, so drafting in this one would stall every
+answer at every token (docs/architecture.md). The laws of this file:
+1. Nothing here blocks the event loop; what waits to be written is bounded.
+2. A worker that dies is replaced, and every open context is rebuilt from its mirror
+   (context.py) where its events left off. No chat is lost.
+3. Deaths are bounded: after RESTARTS_MAX within RESTART_WINDOW_S all contexts fail, and nothing is
+   tried until RESTART_WINDOW_S later. New contexts are refused meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import edge_agent
+from edge_agent.drafting.context import DraftContext, OnEvent
+from edge_agent.drafting.ipc import Decoder, encode
+from edge_agent.drafting.messages import (
+    CloseContext,
+    Command,
+    ContextFailed,
+    ContextSpec,
+    Drafted,
+    DrafterSpec,
+    LoadFailed,
+    Ready,
+)
+from picospec.errors import CapacityError, DrafterFailed
+
+RESTARTS_MAX = 5
+RESTART_WINDOW_S = 60.0
+BACKOFF_FIRST_S = 0.05  # doubles with each death in the window
+EXIT_GRACE_S = 2.0  # from the end of the stream to SIGKILL
+PENDING_BYTES_MAX = 16 << 20  # a worker that reads nothing for so long hangs
+
+log = logging.getLogger(__name__)
+
+
+class DraftingProcess:
+    """A `context.Drafting` over a worker process. Use it from one event loop."""
+
+    def __init__(
+        self, spec: DrafterSpec, max_contexts: int = 64, load_timeout_s: float = 120.0
+    ) -> None:
+        self.restarts = 0
+        self.logits_width = 0
+        self.drafted_tokens = 0
+        self.drafting_s = 0.0
+        self._spec = spec
+        self._max_contexts = max_contexts
+        self._load_timeout_s = load_timeout_s
+        self._contexts: dict[int, DraftContext] = {}
+        self._opened = 0
+        self._worker: _Worker | None = None  # loaded and connected
+        self._supervisor: asyncio.Task[None] | None = None
+        self._given_up = False
+
+    @property
+    def alive(self) -> bool:
+        return self._worker is not None
+
+    @property
+    def pid(self) -> int | None:
+        return self._worker.pid if self._worker is not None else None
+
+    @property
+    def open_contexts(self) -> int:
+        return len(self._contexts)
+
+    async def start(self) -> None:
+        worker = await self._launch()
+        self._supervisor = asyncio.create_task(self._supervise(worker), name="drafting")
+
+    async def stop(self) -> None:
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await supervisor
+
+    def open(self, spec: ContextSpec, on_event: OnEvent) -> DraftContext:
+        if self._supervisor is None or self._given_up:
+            raise DrafterFailed("the drafter is not running")
+        if len(self._contexts) >= self._max_contexts:
+            raise CapacityError(f"all {self._max_contexts} drafting contexts are in use")
+        self._opened += 1
+        context = DraftContext(self._opened, spec, on_event, self._send)
+        self._contexts[context.context_id] = context
+        return context
+
+    def _send(self, context_id: int, command: Command) -> None:
+        if isinstance(command, CloseContext):
+            self._contexts.pop(context_id, None)
+        if self._worker is not None:  # else the mirror tells the next one
+            self._worker.send((context_id, command))
+
+    def _receive(self, message: Any) -> None:
+        context_id, event, busy_s = message
+        self.drafting_s += busy_s
+        if isinstance(event, Drafted):
+            self.drafted_tokens += len(event.token_ids)
+        context = self._contexts.get(context_id)
+        if context is not None:
+            context.deliver(event)
+
+    async def _supervise(self, worker: _Worker) -> None:
+        """Keeps a worker alive until cancelled."""
+        deaths: deque[float] = deque()
+        clock = asyncio.get_running_loop().time
+        try:
+            while True:
+                self._attach(worker)
+                try:
+                    await worker.ended.wait()
+                finally:
+                    self._worker = None
+                    status = await worker.end()
+                log.warning("the drafter's worker %d died (status %s)", worker.pid, status)
+                worker = await self._replace(deaths, clock)
+        finally:
+            self._worker = None
+
+    def _attach(self, worker: _Worker) -> None:
+        """Makes a loaded worker the current one: every open context moves in."""
+        self._worker = worker
+        worker.on_message = self._receive
+        for context_id, context in self._contexts.items():
+            for command in context.rebuild():
+                worker.send((context_id, command))
+
+    async def _replace(self, deaths: deque[float], clock: Any) -> _Worker:
+        """A new worker after the last one's death, within the budget."""
+        while True:
+            now = clock()
+            deaths.append(now)
+            while deaths[0] < now - RESTART_WINDOW_S:
+                deaths.popleft()
+            if len(deaths) > RESTARTS_MAX:
+                self._fail_all(f"the drafter died {len(deaths)} times in {RESTART_WINDOW_S:.0f} s")
+                await asyncio.sleep(RESTART_WINDOW_S)
+                deaths.clear()
+            else:
+                await asyncio.sleep(BACKOFF_FIRST_S * 2.0 ** (len(deaths) - 1))
+            try:
+                worker = await self._launch()
+            except DrafterFailed as error:
+                log.error("%s", error)
+                continue
+            self.restarts += 1
+            self._given_up = False
+            return worker
+
+    def _fail_all(self, reason: str) -> None:
+        log.error("%s; all chats lose it", reason)
+        self._given_up = True
+        for context in list(self._contexts.values()):
+            context.deliver(ContextFailed(DrafterFailed(reason)))
+
+    async def _launch(self) -> _Worker:
+        """Starts a worker and waits until its drafter is loaded. Raises DrafterFailed."""
+        worker = await _Worker.spawn()
+        try:
+            worker.send(self._spec)
+            answer = await asyncio.wait_for(worker.first_message(), self._load_timeout_s)
+            if not isinstance(answer, Ready):
+                message = answer.message if isinstance(answer, LoadFailed) else "it died loading"
+                raise DrafterFailed(f"the drafter did not start: {message}")
+        except BaseException as error:
+            await worker.end(grace_s=0.0)
+            if isinstance(error, TimeoutError):
+                raise DrafterFailed(
+                    f"the drafter did not load within {self._load_timeout_s} s"
+                ) from None
+            raise
+        self.logits_width = answer.logits_width
+        log.info("drafter %s loaded in worker %d", self._spec.backend, worker.pid)
+        return worker
+
+
+class _Worker(asyncio.Protocol):
+    """One worker process and the stream to it."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+        self.on_message = self._keep_first
+        self._first: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._decoder = Decoder()
+        self._transport: asyncio.Transport | None = None
+        self._process: asyncio.subprocess.Process
+
+    @classmethod
+    async def spawn(cls) -> _Worker:
+        """A new worker process, connected. Raises DrafterFailed if there can be none."""
+        ours, theirs = socket.socketpair()
+        self = cls()
+        root = str(Path(edge_agent.__file__).parents[1])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        try:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "edge_agent.drafting.worker_main",
+                    str(theirs.fileno()),
+                    str(os.getpid()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env={**os.environ, "PYTHONPATH": path},
+                    start_new_session=True,  # a terminal's Ctrl-C is for us to handle
+                )
+            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
+        except OSError as error:
+            ours.close()
+            raise DrafterFailed(f"cannot start the drafter's process: {error}") from error
+        return self
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: object) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        self._transport.write(encode(message))
+        if self._transport.get_write_buffer_size() > PENDING_BYTES_MAX:
+            self._transport.abort()
+
+    async def first_message(self) -> Any:
+        """The worker's first message; None if it ends without one."""
+        return await self._first
+
+    async def end(self, grace_s: float = EXIT_GRACE_S) -> int | None:
+        """Closes the stream, which ends the worker, or kills it; its exit status."""
+        if self._transport is not None:
+            self._transport.close()
+        try:
+            async with asyncio.timeout(grace_s):
+                return await self._process.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            return await self._process.wait()
+
+    def _keep_first(self, message: Any) -> None:
+        if not self._first.done():
+            self._first.set_result(message)
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._decoder.feed(data):
+            try:
+                self.on_message(message)
+            except Exception:  # one chat's receiver must not stop the others'
+                log.exception("an event of the drafter was not taken")
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self.ended.set()
+        self._keep_first(None)
