@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from picospec_cli import prepare
 from picospec_cli.chat_client import DEFAULT_URL, ChatClient, configured_api_key
@@ -114,7 +115,7 @@ def cloud(address: str, timeout_s: float = 3.0) -> Finding:
 
     subject = f"cloud server {address}"
     with grpc.insecure_channel(address) as channel:
-        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
         try:
             answer = check(b"", timeout=timeout_s)
         except grpc.RpcError as error:
