@@ -1,0 +1,243 @@
+"""The edge daemon: builds its parts, serves, and ends in order.
+
+Start: tokenizer, drafter process, HTTP. The cloud is not waited for: while it cannot be reached,
+or serves a model that the drafter does not belong to, requests get 503 and /health says why.
+
+End, at the first SIGTERM or SIGINT:
+1. nobody new is let in, and the listening socket closes;
+2. running answers may go on for `server.shutdown_grace_s`;
+3. those still running are told and ended;
+4. drafter process and link close.
+A second signal skips step 2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import uvicorn
+
+from edge_agent.api.admission import Admission
+from edge_agent.api.host import Health
+from edge_agent.api.routes import create_app
+from edge_agent.config import EdgeConfig, ServerConfig
+from edge_agent.drafting.messages import DrafterSpec
+from edge_agent.drafting.process import DraftingProcess
+from edge_agent.generation import Generator
+from edge_agent.link import CloudLink
+from edge_agent.metrics import DrafterState, EdgeMetrics
+from edge_agent.model_watch import ModelWatch
+from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
+from edge_agent.tokenizer import Tokenizer
+from picospec.errors import ConfigError, ModelMismatch
+from picospec.messages import ModelCard, VerificationMode
+
+logger = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 3.0  # for answers that were told to end
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class EdgeHost:
+    """What stands behind the API (api.host.Host)."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        generator: Generator,
+        watch: ModelWatch,
+        drafting: DraftingProcess,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.generator = generator
+        self._watch = watch
+        self._drafting = drafting
+
+    def card(self) -> ModelCard:
+        return self._watch.card()
+
+    def health(self) -> Health:
+        drafter = drafter_state(self._drafting)
+        problem = self._watch.problem
+        if not problem and not drafter.alive:
+            problem = "The drafter process is not running."
+        return Health(self._watch.reachable, self._watch.model_id, drafter, problem)
+
+
+def drafter_state(drafting: DraftingProcess) -> DrafterState:
+    return DrafterState(drafting.alive, drafting.restarts, drafting.open_contexts)
+
+
+def check_card(card: ModelCard, tokenizer: Tokenizer, mode: VerificationMode) -> None:
+    """Raises ModelMismatch unless this edge can speculate for that cloud."""
+    tokenizer.check_pair(card)
+    if mode not in card.modes:
+        served = ", ".join(known.value for known in card.modes)
+        raise ModelMismatch(f"speculation.mode is {mode.value!r}; the cloud serves {served}")
+
+
+class EdgeServer:
+    """The daemon's life, from its configuration to its end."""
+
+    def __init__(self, config: EdgeConfig) -> None:
+        """Reads the tokenizer and binds the port. Raises ConfigError."""
+        self._config = config
+        self._tokenizer = Tokenizer.load(config.tokenizer_folder)
+        self._socket = bind(config.server)
+        self._stopping = asyncio.Event()
+        self._forced = asyncio.Event()
+
+    @property
+    def port(self) -> int:
+        port: int = self._socket.getsockname()[1]
+        return port
+
+    def stop(self) -> None:
+        """The first call ends the daemon in order, the second at once."""
+        if self._stopping.is_set():
+            self._forced.set()
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Until stopped. Raises DrafterFailed if the drafter cannot be loaded."""
+        config = self._config
+        drafter = config.drafter
+        async with contextlib.AsyncExitStack() as stack:
+            drafting = DraftingProcess(
+                DrafterSpec(drafter.backend, drafter.model, drafter.threads, drafter.cpu),
+                drafter.max_contexts,
+            )
+            stack.push_async_callback(drafting.stop)
+            stack.enter_context(self._handling_signals())
+            await self._unless_stopped(drafting.start())
+            if self._stopping.is_set():
+                return
+            cloud = config.cloud
+            link = CloudLink(
+                cloud.address,
+                token=cloud.token or None,
+                tls_ca=cloud.tls_ca or None,
+                connect_timeout_s=cloud.connect_timeout_s,
+            )
+            stack.push_async_callback(link.close)
+            metrics = EdgeMetrics(lambda: drafter_state(drafting))
+            watch = ModelWatch(
+                link.get_model,
+                lambda card: check_card(card, self._tokenizer, config.speculation.mode),
+                timeout_s=cloud.connect_timeout_s,
+                poll_interval_s=cloud.poll_interval_s,
+                on_reachable=metrics.cloud_reachable,
+            )
+            generator = SpeculativeGenerator(link, drafting, watch.card, policy_of(config), metrics)
+            host = EdgeHost(self._tokenizer, generator, watch, drafting)
+            watching = asyncio.create_task(watch.run(), name="model-watch")
+            stack.callback(watching.cancel)
+            await self._serve(host, metrics)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+        """Loading a model takes seconds in which a signal may come."""
+        task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not task.done():
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    @contextlib.contextmanager
+    def _handling_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    async def _serve(self, host: EdgeHost, metrics: EdgeMetrics) -> None:
+        server = self._config.server
+        gate = Admission(server.max_concurrent_requests, server.request_timeout_s, server.api_key)
+        app = create_app(host, gate, metrics, max_body_bytes=server.max_body_bytes)
+        http = _HTTPServer(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                timeout_keep_alive=30,
+                # Idle connections, health checks and scrapes come on top of the requests.
+                limit_concurrency=4 * server.max_concurrent_requests + 64,
+            )
+        )
+        serving = asyncio.create_task(http.serve([self._socket]), name="http")
+        logger.info("listening on http://%s:%d", server.host, self.port)
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        gate.closing = True
+        http.should_exit = True
+        if gate.active:
+            logger.info("ending; %d answers may go on", gate.active)
+        await self._drained(gate)
+        gate.abort_all()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await gate.drained()
+        http.force_exit = True
+        await serving
+        logger.info("ended")
+
+    async def _drained(self, gate: Admission) -> None:
+        """Until nothing runs, the grace is over or a second signal came."""
+        waits = [asyncio.create_task(wait) for wait in (gate.drained(), self._forced.wait())]
+        await asyncio.wait(
+            waits,
+            timeout=self._config.server.shutdown_grace_s,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        for wait in waits:
+            wait.cancel()
+
+
+class _HTTPServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the daemon has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(server: ServerConfig) -> socket.socket:
+    """The listening socket. Raises ConfigError when address or port cannot be had."""
+    try:
+        family, *_, address = socket.getaddrinfo(
+            server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"server.host = {server.host!r}, server.port = {server.port} cannot be listened on: "
+            f"{error.strerror or error}"
+        ) from None
+
+
+def policy_of(config: EdgeConfig) -> SpeculationPolicy:
+    speculation = config.speculation
+    return SpeculationPolicy(
+        mode=speculation.mode,
+        draft_length=speculation.draft_length,
+        window=speculation.window,
+        parallel_draft=speculation.parallel_draft,
+        fast_verify=speculation.fast_verify,
+        exact=speculation.exact,
+        sparse_k=speculation.sparse_k,
+        assist=speculation.assist,
+        resume_attempts=config.cloud.resume_attempts,
+    )
