@@ -7,7 +7,6 @@
     ├── RemoteProtocolError the peer broke the protocol; its session alone ends
     ├── LocalProtocolError  our own code tried something illegal (a bug)
     ├── CloudUnavailable    the cloud cannot be reached; may be tried again
-    ├── SessionTimeout      the peer was silent for too long; its session alone ends
     ├── CapacityError       no room at present; may be tried again
     ├── DeadlineExceeded    a bounded wait is over
     ├── NumericalError      a model's logits define no law (NaN, infinity)
@@ -92,10 +91,6 @@ class DeadlineExceeded(PicoSpecError):
     """The time allowed for something is used up."""
 
 
-class SessionTimeout(PicoSpecError):
-    """Nothing was heard from the peer for longer than its session may be silent."""
-
-
 class DrafterFailed(PicoSpecError):
     """The drafter could not draft."""
 
@@ -108,7 +103,6 @@ GRPC_STATUS: dict[type[PicoSpecError], str] = {
     ModelMismatch: "FAILED_PRECONDITION",
     Unauthenticated: "UNAUTHENTICATED",
     CapacityError: "RESOURCE_EXHAUSTED",
-    SessionTimeout: "DEADLINE_EXCEEDED",
     CloudUnavailable: "UNAVAILABLE",
     DeadlineExceeded: "DEADLINE_EXCEEDED",
     PicoSpecError: "INTERNAL",
