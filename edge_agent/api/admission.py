@@ -49,6 +49,8 @@ class Ticket:
         except TimeoutError:
             if not scope.expired():
                 raise
+            if asyncio.get_running_loop().time() < self._deadline_s:
+                raise DeadlineExceeded(f"The body took over {at_most_s:g} s to arrive.") from None
             raise self._reason from None
         finally:
             self._scope = None

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge_agent.metrics import DrafterState, EdgeMetrics
+from edge_agent.observer import PipelineObserver
 from picospec.messages import Verdict
 
 
@@ -55,7 +56,8 @@ def test_tokens_that_come_together_share_their_latency() -> None:
 def test_generations_and_the_drafter() -> None:
     state = DrafterState(alive=True, restarts=2, open_contexts=1)
     metrics = EdgeMetrics(lambda: state)
-    metrics.generation_started()
+    observed: PipelineObserver = metrics  # mypy: every method is there
+    observed.generation_started()
     metrics.generation_started()
     metrics.generation_finished("stop")
     metrics.rollback()
