@@ -18,7 +18,7 @@ class SpeculativeTokens:
 
     >>> tokens = SpeculativeTokens([5, 6, 7])
     >>> tokens.append(8); tokens.append(9)      # 5 6 7 | 8 9
-    >>> tokens.rollback(4, (3,))                # 5 6 7 8 3 |
+    >>> kept = tokens.rollback(4, (3,))         # 5 6 7 8 3 |
     >>> len(tokens), tokens.num_committed
     (5, 5)
     """

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnxruntime_genai as genai  # type: ignore[import-untyped]
+import onnxruntime_genai as genai
 
 from edge_agent.drafting.drafter import LogitsArray, ModelContext
 from edge_agent.drafting.messages import ContextSpec, DrafterSpec

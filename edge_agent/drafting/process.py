@@ -78,6 +78,7 @@ class DraftingProcess:
 
     async def start(self) -> None:
         worker = await self._launch()
+        self._attach(worker)
         self._supervisor = asyncio.create_task(self._supervise(worker), name="drafting")
 
     async def stop(self) -> None:
@@ -86,6 +87,9 @@ class DraftingProcess:
             supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await supervisor
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.end()
 
     def open(self, spec: ContextSpec, on_event: OnEvent) -> DraftContext:
         if self._supervisor is None or self._given_up:
@@ -113,21 +117,15 @@ class DraftingProcess:
             context.deliver(event)
 
     async def _supervise(self, worker: _Worker) -> None:
-        """Keeps a worker alive until cancelled."""
+        """Replaces the worker whenever it dies, until cancelled."""
         deaths: deque[float] = deque()
-        clock = asyncio.get_running_loop().time
-        try:
-            while True:
-                self._attach(worker)
-                try:
-                    await worker.ended.wait()
-                finally:
-                    self._worker = None
-                    status = await worker.end()
-                log.warning("the drafter's worker %d died (status %s)", worker.pid, status)
-                worker = await self._replace(deaths, clock)
-        finally:
+        while True:
+            await worker.ended.wait()
             self._worker = None
+            status = await worker.end()
+            log.warning("the drafter's worker %d died (status %s)", worker.pid, status)
+            worker = await self._replace(deaths)
+            self._attach(worker)
 
     def _attach(self, worker: _Worker) -> None:
         """Makes a loaded worker the current one: every open context moves in."""
@@ -137,10 +135,10 @@ class DraftingProcess:
             for command in context.rebuild():
                 worker.send((context_id, command))
 
-    async def _replace(self, deaths: deque[float], clock: Any) -> _Worker:
+    async def _replace(self, deaths: deque[float]) -> _Worker:
         """A new worker after the last one's death, within the budget."""
         while True:
-            now = clock()
+            now = asyncio.get_running_loop().time()
             deaths.append(now)
             while deaths[0] < now - RESTART_WINDOW_S:
                 deaths.popleft()
@@ -244,12 +242,14 @@ class _Worker(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
         try:
-            async with asyncio.timeout(grace_s):
-                return await self._process.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            return await self._process.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await self._process.wait()
+        finally:
+            if self._process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+        return await self._process.wait()
 
     def _keep_first(self, message: Any) -> None:
         if not self._first.done():
