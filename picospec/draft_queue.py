@@ -163,10 +163,10 @@ class DraftQueue:
         self._settle()
         self._num_taken = 0
         position = len(self._committed)
-        num_ready = min(self._num_ready(), num_tokens_max)
+        num_ready = min(self._num_ready(), max(0, num_tokens_max))
         if self._has_probe() and (self._split or not num_ready):
             return Work(self.epoch, position, probe=self._probe, arrived_s=self._probe_arrived_s)
-        if num_ready <= 0:
+        if not num_ready:
             return None
         taken = self._queued[:num_ready]
         self._num_taken = num_ready
@@ -238,4 +238,4 @@ class DraftQueue:
             return 0
         if not self._whole_rounds:
             return len(self._queued)
-        return min(len(self._queued), self._round_end - self._base)
+        return max(0, min(len(self._queued), self._round_end - self._base))
