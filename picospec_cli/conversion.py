@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,9 @@ def hugging_face_to_onnx(source: Path, out: Path, precision: str) -> None:
             env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
             preexec_fn=die_with_parent,
         )
+    # The builder saves the tokenizer anew, with additions that change nothing but its fingerprint.
+    if (source / "tokenizer.json").is_file() and out.is_dir():
+        shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
     missing = [name for name in _DRAFT_FILES if not (out / name).is_file()]
     if done.returncode != 0 or missing:
         reason = f"without writing {', '.join(missing)}" if done.returncode == 0 else ""
