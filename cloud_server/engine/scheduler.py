@@ -32,9 +32,9 @@ from vllm.v1.request import Request, RequestStatus
 from cloud_server.engine.envelope import Delivery, StepPlan, VerificationStep, unwrap, wrap
 from cloud_server.engine.interface import EngineEvent, EngineStats
 from cloud_server.engine.verification import StepKind, StepResult
+from picospec.draft_queue import DraftQueue, Work
 from picospec.errors import NumericalError
 from picospec.messages import AssistPolicy, FinishReason, Open, Opened, Verdict, VerificationMode
-from picospec.session import DraftQueue, Work
 
 _FINISH_REASONS = {
     VLLMFinishReason.STOP: FinishReason.STOP,
@@ -91,8 +91,7 @@ class VerificationScheduler(Scheduler):
                 value,
                 DraftQueue(
                     value.mode,
-                    prompt_length=len(value.prompt_token_ids),
-                    committed=request.all_token_ids,
+                    request.all_token_ids,
                     verify_whole_rounds=value.verify_whole_rounds,
                 ),
             )
@@ -349,11 +348,7 @@ class VerificationScheduler(Scheduler):
         if not session.opened:
             session.opened = True
             events.insert(0, self._opened(session, plan, output))
-        session.queue.judged(
-            num_accepted=num_accepted,
-            cloud_token_ids=verdict.token_ids,
-            rejected=rejection is not None,
-        )
+        session.queue.judged(rejected=rejection is not None)
         if output is None:
             self._emit(session.request, events)
         else:

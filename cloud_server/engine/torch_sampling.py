@@ -22,6 +22,7 @@ from picospec.noise import Purpose
 from picospec.sampling import GREEDY_TEMPERATURE, penalties_at
 
 REJECTION_TAIL_MASS_MAX = 1e-3  # what a Rejection may leave out of S, `sparse_k` allowing
+REJECTION_TAIL_MASS_MIN = 1e-12  # far below the rounding of P on S; less is no tail
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,20 +52,21 @@ class TargetDistribution:
         `sparse_k` tokens; 0 is no limit, and S the whole support. Not `exact`: P truncated to
         S and renormalised, without a tail.
         """
-        top_probs, top_index = self.probs.topk(min(sparse_k or len(self.probs), len(self.probs)))
-        size = int(torch.count_nonzero(top_probs))
+        width = len(self.probs)
+        top_probs, top_index = self.probs.topk(min(sparse_k or width, width))
+        probs = top_probs.cpu().numpy()
+        size = int(np.count_nonzero(probs))
         if sparse_k:
-            held = top_probs.cumsum(0, dtype=torch.float64)
-            enough = torch.count_nonzero(held < 1.0 - REJECTION_TAIL_MASS_MAX)
-            size = min(size, int(enough) + 1)
-        top_probs, top_index = top_probs[:size], top_index[:size]
+            held = np.cumsum(probs, dtype=np.float64)
+            size = min(size, int(np.searchsorted(held, 1.0 - REJECTION_TAIL_MASS_MAX)) + 1)
+        probs, top_index = probs[:size], top_index[:size]
         top_ids = top_index if self.token_ids is None else self.token_ids[top_index]
-        ids, probs = top_ids.to(torch.int32).cpu().numpy(), top_probs.cpu().numpy()
+        ids = top_ids.to(torch.int32).cpu().numpy()
         if not exact:
             return Rejection(ids, probs / probs.sum())
         tail = TargetDistribution(self.token_ids, self.probs.index_fill(0, top_index, 0.0))
         tail_mass = float(tail.probs.sum(dtype=torch.float64))
-        if tail_mass <= 0.0:
+        if tail_mass < REJECTION_TAIL_MASS_MIN:
             return Rejection(ids, probs)
         token_id = tail.draw(seed, position, Purpose.TAIL, attempt)
         return Rejection(ids, probs, tail_mass, token_id, tail.prob(token_id))

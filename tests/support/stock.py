@@ -1,0 +1,53 @@
+"""What vLLM alone generates: its own scheduler, worker and sampler, no speculation.
+
+Run as a program, in a process of its own: `python -m tests.support.stock MODEL REQUESTS OUTPUT`,
+where REQUESTS is a JSON list of prompts (lists of token ids) and OUTPUT gets the list of greedy
+continuations.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def generate_greedily(
+    model: str, prompts: list[list[int]], max_tokens: int, folder: Path
+) -> list[list[int]]:
+    """Greedy continuations of `prompts` by stock vLLM, `max_tokens` each, stop tokens ignored."""
+    requests, output = folder / "requests.json", folder / "output.json"
+    requests.write_text(json.dumps({"prompts": prompts, "max_tokens": max_tokens}))
+    command = [sys.executable, "-m", "tests.support.stock", model, str(requests), str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"stock vLLM failed:\n{done.stderr[-4000:]}")
+    result: list[list[int]] = json.loads(output.read_text())
+    return result
+
+
+def main(model: str, requests_path: str, output_path: str) -> None:
+    from vllm import LLM, SamplingParams
+
+    requests = json.loads(Path(requests_path).read_text())
+    llm = LLM(
+        model,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        kv_cache_memory_bytes=1 << 29,
+        block_size=32,
+        async_scheduling=False,
+    )
+    # One at a time: the shape of a batch may change the last bit of a logit.
+    params = SamplingParams(temperature=0.0, max_tokens=requests["max_tokens"], ignore_eos=True)
+    outputs = [
+        llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs[0].token_ids
+        for prompt in requests["prompts"]
+    ]
+    Path(output_path).write_text(json.dumps([list(output) for output in outputs]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])
