@@ -1,0 +1,184 @@
+"""Both ends joined in memory: whatever the network does, the output is the target's own.
+
+Coupled and greedy runs are compared token for token; sampled split runs by their law
+(chi-square over the first three tokens; the exact expectation is enumerated).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from scipy import stats
+
+from picospec.messages import AssistPolicy, SamplingParams, VerificationMode
+from picospec.session import SpeculationPolicy
+from tests.sim.toy import Language, context_of, decode, random_prompt
+from tests.sim.world import Faults, Scenario, Times, World
+
+SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
+VOCAB = 8
+NUM_SEEDS = 40  # for each mode, temperature and fault level
+
+FAULTS = {
+    "clean": Faults(),
+    "hostile": Faults(lose=0.02, lose_in_recovery=0.2, repeat=0.2, preempt=0.2),
+    "cut to pieces": Faults(lose=0.12, lose_in_recovery=0.5, repeat=0.1),
+}
+
+
+def scenario(seed: int, mode: VerificationMode, temperature: float, faults: Faults) -> Scenario:
+    rng = random.Random(f"{seed} {mode} {temperature}")
+    params = SamplingParams(temperature=temperature, top_k=rng.choice([0, 5]))
+    policy = SpeculationPolicy(
+        mode=mode,
+        draft_length=rng.choice([1, 2, 4, 8]),
+        window=rng.choice([1, 2, 4, 7, 16]),
+        parallel_draft=rng.random() < 0.7,
+        fast_verify=rng.random() < 0.6,
+        sparse_k=rng.choice([1, 2, 3, 8]),
+        assist=rng.choice(list(AssistPolicy)),
+    )
+    return Scenario(
+        language=Language(VOCAB, seed % 20, rng.choice([0.0, 0.5, 0.9, 1.0]), params),
+        policy=policy,
+        prompt=tuple(random_prompt(rng, VOCAB)),
+        seed=seed,
+        max_tokens=rng.choice([1, 16, 32]),
+        stop=rng.choice([(), (0,)]),
+        faults=faults,
+        times=Times(rng.choice([1, 10, 50]), rng.choice([1, 5]), rng.choice([0.3, 3.0])),
+    )
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+@pytest.mark.parametrize(("mode", "temperature"), [(SPLIT, 0.0), (COUPLED, 0.0), (COUPLED, 1.0)])
+def test_greedy_and_coupled_output_is_the_targets_own(
+    mode: VerificationMode, temperature: float, faults: str
+) -> None:
+    resumes = late = 0
+    for seed in range(NUM_SEEDS):
+        run = scenario(seed, mode, temperature, FAULTS[faults])
+        world = World(run)
+        expected = decode(run.language, run.prompt, seed, run.max_tokens, run.stop)
+        assert world.run() == expected, f"seed {seed}: {run.policy}"
+        resumes, late = resumes + world.resumes, late + world.late_frames
+    if faults != "clean":
+        assert resumes > NUM_SEEDS / 4
+        assert late > 0, "no late frame of a lost stream came: the test tests nothing"
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+def test_sampled_split_runs_end(faults: str) -> None:
+    for seed in range(NUM_SEEDS):
+        run = scenario(seed, SPLIT, 1.0, FAULTS[faults])
+        output = World(run).run()
+        assert len(output) == run.max_tokens or output[-1] in run.stop
+
+
+def test_one_seed_replays_a_run_exactly() -> None:
+    for mode in VerificationMode:
+        run = scenario(3, mode, 1.0, FAULTS["hostile"])
+        first, second = World(run), World(run)
+        assert first.run() == second.run()
+        assert first.trace.digest() == second.trace.digest()
+        other = World(replace(run, seed=4))
+        other.run()
+        assert other.trace.digest() != first.trace.digest()
+
+
+def test_a_clean_split_run_depends_on_its_seed_alone() -> None:
+    """As docs/protocol.md promises: timing decides nothing while the link holds.
+
+    Where the drafter proposes everywhere, the window does not matter either.
+    """
+    run = scenario(5, SPLIT, 1.0, Faults())
+    run = replace(run, language=Language(VOCAB, 1, 0.9, SamplingParams()), max_tokens=24)
+    outputs = {
+        tuple(World(replace(run, times=Times(link, 5, draft))).run())
+        for link in (1, 10, 100)
+        for draft in (0.1, 4)
+    }
+    assert len(outputs) == 1
+
+
+# -- the law of sampled split output -----------------------------------------------------------
+
+LAW_VOCAB = 4
+NUM_TOKENS = 3
+NUM_RUNS = 7_000  # of each of three kinds
+
+
+def law_scenario(seed: int, faults: Faults, *, forget_judged: bool = False) -> Scenario:
+    return Scenario(
+        language=LAW_LANGUAGE,
+        policy=SpeculationPolicy(
+            mode=SPLIT,
+            draft_length=2,
+            window=(1, 4)[seed % 2],
+            fast_verify=seed % 4 < 2,
+            parallel_draft=seed % 8 < 6,
+            sparse_k=1,  # most recovered tokens come from the tail, often by a probe
+        ),
+        prompt=(1, 2),
+        seed=seed,
+        max_tokens=NUM_TOKENS,
+        faults=faults,
+        over_the_wire=False,
+        forget_judged=forget_judged,
+    )
+
+
+LAW_LANGUAGE = Language(LAW_VOCAB, 6, 0.3, SamplingParams(temperature=1.3))
+
+
+def p_value(outputs: Counter[tuple[int, ...]]) -> float:
+    """Of the chi-square test of `outputs` against the target's law of NUM_TOKENS tokens."""
+    total = sum(outputs.values())
+    observed, expected = [], []
+    for tokens in itertools.product(range(LAW_VOCAB), repeat=NUM_TOKENS):
+        prob, text = 1.0, [1, 2]
+        for token_id in tokens:
+            prob *= LAW_LANGUAGE.target(context_of(text)).prob(token_id)
+            text.append(token_id)
+        observed.append(outputs[tokens])
+        expected.append(prob * total)
+    rare = [index for index, count in enumerate(expected) if count < 5]
+    if rare:
+        observed = [n for i, n in enumerate(observed) if i not in rare] + [
+            sum(observed[i] for i in rare)
+        ]
+        expected = [n for i, n in enumerate(expected) if i not in rare] + [
+            sum(expected[i] for i in rare)
+        ]
+    scale = total / sum(expected)  # float32 laws
+    return float(stats.chisquare(observed, [n * scale for n in expected]).pvalue)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "faults",
+    [Faults(), Faults(lose=0.05), Faults(lose_in_recovery=0.6)],
+    ids=["clean", "links lost", "links lost in recovery"],
+)
+def test_sampled_split_output_follows_the_targets_law(faults: Faults) -> None:
+    outputs: Counter[tuple[int, ...]] = Counter()
+    resumes = 0
+    for seed in range(NUM_RUNS):
+        world = World(law_scenario(seed, faults))
+        outputs[tuple(world.run())] += 1
+        resumes += world.resumes
+    if faults != Faults():
+        assert resumes > NUM_RUNS / 5
+    assert p_value(outputs) > 1e-4
+
+
+def test_the_law_test_rejects_a_wrong_residual() -> None:
+    """Negative control: an edge that forgets what it drafted draws from P instead of P - Q."""
+    outputs = Counter(
+        tuple(World(law_scenario(seed, Faults(), forget_judged=True)).run()) for seed in range(2000)
+    )
+    assert p_value(outputs) < 1e-6

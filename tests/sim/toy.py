@@ -1,0 +1,202 @@
+"""A tiny language: target and drafter are Markov chains with random laws over a few tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from edge_agent.rejection import RejectionSampler
+from picospec import sampling
+from picospec.messages import EMPTY_TOKENS, Rejection, SamplingParams, VerificationMode
+from picospec.noise import Purpose, race, uniform
+from picospec.sampling import Distribution
+from picospec.session import Allow, Recover, Rollback, Work
+
+NUM_CONTEXT = 2  # tokens a law depends on
+
+
+class Language:
+    """Laws that depend on the last tokens only, for one set of sampling parameters.
+
+    `agreement` 1 makes the drafter equal to the target, 0 independent of it.
+    """
+
+    def __init__(
+        self, vocab_size: int, law_seed: int, agreement: float, params: SamplingParams
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.params = params
+        self._law_seed = law_seed
+        self._agreement = agreement
+        self.target = cache(self._target)
+        self.draft = cache(self._draft)
+
+    def _logits(self, which: int, context: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.default_rng([self._law_seed, which, *context])
+        return rng.normal(scale=1.5, size=self.vocab_size).astype(np.float32)
+
+    def _target(self, context: tuple[int, ...]) -> Distribution:
+        logits = self._logits(0, context)
+        return sampling.process(logits, self.params, EMPTY_TOKENS, EMPTY_TOKENS)
+
+    def _draft(self, context: tuple[int, ...]) -> Distribution | None:
+        own = self._logits(1, context)
+        if own[0] > 2.2:
+            return None  # nothing to propose here
+        share = self._agreement
+        logits = share * self._logits(0, context) + (1 - share) * own
+        return sampling.process(logits, self.params, EMPTY_TOKENS, EMPTY_TOKENS)
+
+
+def context_of(token_ids: Sequence[int]) -> tuple[int, ...]:
+    return tuple(token_ids[-NUM_CONTEXT:])
+
+
+def decode(
+    language: Language, prompt: Sequence[int], seed: int, max_tokens: int, stop: Sequence[int]
+) -> list[int]:
+    """What the target makes by itself with the coupled noise: greedy text, or coupled mode's."""
+    text = list(prompt)
+    while len(text) < len(prompt) + max_tokens:
+        law = language.target(context_of(text))
+        text.append(sampling.draw(law, seed, len(text), Purpose.COUPLED))
+        if text[-1] in stop:
+            break
+    return text[len(prompt) :]
+
+
+Event = tuple[str, int, int, tuple[int, ...], tuple[float, ...]]  # name, branch, position, ...
+
+
+class ToyDrafter:
+    """A DraftContext without a process: commands change it, `step` makes one event."""
+
+    def __init__(
+        self,
+        language: Language,
+        prompt: Sequence[int],
+        seed: int,
+        mode: VerificationMode,
+        stop: Sequence[int],
+        forget_judged: bool = False,
+    ) -> None:
+        self._language = language
+        self._text = list(prompt)
+        self._num_prompt = len(prompt)
+        self._seed = seed
+        self._split = mode is VerificationMode.SPLIT
+        self._stop = stop
+        self._forget_judged = forget_judged  # a deliberate fault: residual of Q = 0
+        self._branch = 0
+        self._limit = 0
+        self._exhausted = False
+        self._blocked = False
+        self._recover: Recover | None = None
+
+    def command(self, command: Allow | Rollback | Recover) -> None:
+        match command:
+            case Allow(limit):
+                self._limit = limit
+            case Rollback(branch, length, token_ids):
+                self._restart(branch, length)
+                self._text += token_ids
+            case Recover(branch, position):
+                self._restart(branch, position)
+                self._recover = command
+
+    def _restart(self, branch: int, length: int) -> None:
+        assert length <= len(self._text)
+        del self._text[length:]
+        self._branch = branch
+        self._exhausted = self._blocked = False
+        self._recover = None
+
+    @property
+    def can_step(self) -> bool:
+        if self._recover is not None:
+            return True
+        return not self._blocked and not self._exhausted and len(self._text) < self._limit
+
+    def step(self) -> Event:
+        if self._recover is not None:
+            return self._offer(self._recover)
+        position = len(self._text)
+        law = self._language.draft(context_of(self._text))
+        stopped = position > self._num_prompt and self._text[-1] in self._stop
+        if law is None or stopped:
+            self._exhausted = True
+            return ("exhausted", self._branch, position, (), ())
+        purpose = Purpose.DRAFT if self._split else Purpose.COUPLED
+        token_id = sampling.draw(law, self._seed, position, purpose)
+        self._text.append(token_id)
+        probs = (law.prob(token_id),) if self._split else ()
+        return ("drafted", self._branch, position, (token_id,), probs)
+
+    def _offer(self, recover: Recover) -> Event:
+        self._recover = None
+        law = None
+        if recover.judged and not self._forget_judged:
+            law = self._language.draft(context_of(self._text))
+        sampler = RejectionSampler(self._seed, recover.position, law)
+        token_id = sampler.offer(recover.rejection, recover.attempt)
+        if token_id is None:
+            self._blocked = True
+            attempt = (recover.attempt + 1,)
+            return ("probe_needed", recover.branch, recover.position, attempt, ())
+        self._text.append(token_id)
+        return ("recovered", recover.branch, recover.position, (token_id,), ())
+
+
+def rejection_at(
+    language: Language, text: Sequence[int], seed: int, k: int, attempt: int
+) -> Rejection:
+    """What the cloud sends for the position after `text`: the Top-K, and a draw from the rest."""
+    probs = np.zeros(language.vocab_size, np.float32)
+    law = language.target(context_of(text))
+    probs[law.token_ids if law.token_ids is not None else slice(None)] = law.probs
+    order = np.argsort(-probs, kind="stable").astype(np.int32)
+    order = order[probs[order] > 0]
+    kept, tail = order[:k], order[k:]
+    if not len(tail):
+        return Rejection(kept, probs[kept] / probs[kept].sum())
+    index = race(probs[tail], tail, seed, len(text), Purpose.TAIL, attempt)
+    token_id = int(tail[index])
+    tail_mass = float(probs[tail].sum(dtype=np.float64))
+    return Rejection(kept, probs[kept], tail_mass, token_id, float(probs[token_id]))
+
+
+def judge(
+    language: Language, text: Sequence[int], seed: int, mode: VerificationMode, work: Work, k: int
+) -> tuple[int, tuple[int, ...], Rejection | None]:
+    """(number accepted, the cloud's own tokens, rejection) of one verification step."""
+    text = list(text)
+    for index, token_id in enumerate(work.token_ids):
+        law = language.target(context_of(text))
+        if mode is VerificationMode.COUPLED:
+            drawn = sampling.draw(law, seed, len(text), Purpose.COUPLED)
+            if drawn != token_id:
+                return index, (drawn,), None
+        else:
+            u = uniform(seed, len(text), Purpose.ACCEPT)
+            if not sampling.accept(u, law.prob(token_id), work.draft_probs[index]):
+                return index, (), rejection_at(language, text, seed, k, 0)
+        text.append(token_id)
+    num_accepted = len(work.token_ids)
+    if mode is VerificationMode.COUPLED:
+        law = language.target(context_of(text))
+        return num_accepted, (sampling.draw(law, seed, len(text), Purpose.COUPLED),), None
+    if work.probe:
+        return 0, (), rejection_at(language, text, seed, k, work.probe - 1)
+    return num_accepted, (), None
+
+
+def first_token(language: Language, text: Sequence[int], seed: int, mode: VerificationMode) -> int:
+    purpose = Purpose.COUPLED if mode is VerificationMode.COUPLED else Purpose.FIRST
+    return sampling.draw(language.target(context_of(text)), seed, len(text), purpose)
+
+
+def random_prompt(rng: random.Random, vocab_size: int) -> list[int]:
+    return [rng.randrange(1, vocab_size) for _ in range(rng.randint(2, 5))]
