@@ -32,10 +32,9 @@ class TorchRuntime:
         return logits
 
     def truncate(self, length: int) -> None:
-        if length:
-            self._cache.crop(length)
-        else:
-            self._cache = DynamicCache(config=self._model.config)
+        num_dropped = self._cache.get_seq_length() - length
+        if num_dropped:
+            self._cache.crop(-num_dropped)
 
     def close(self) -> None:
         del self._cache
