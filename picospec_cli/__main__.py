@@ -19,6 +19,8 @@ COMMANDS = {
     "doctor": "examine the installation, the models and the daemons",
 }
 
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
@@ -29,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in words[:1]:  # only the command that runs is imported
             importlib.import_module(f"picospec_cli.{name}").add_arguments(subparser)
     arguments = parser.parse_args(words)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    previous = {number: signal.signal(number, _leave) for number in _SIGNALS}
     try:
         status: int = importlib.import_module(f"picospec_cli.{arguments.command}").run(arguments)
         return status
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PicoSpecError, OSError) as error:
         print(f"picospec: {error}", file=sys.stderr)
         return 1
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

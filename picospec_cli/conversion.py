@@ -19,6 +19,7 @@ from picospec_cli.console import CommandFailed, tail
 from picospec_cli.processes import die_with_parent
 
 PRECISIONS = ("int4", "int8")
+BUILDER = "onnxruntime_genai.models.builder"  # a program, run as a module
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -53,7 +54,7 @@ def gguf_to_hugging_face(gguf: Path, out: Path) -> None:
 def hugging_face_to_onnx(source: Path, out: Path, precision: str) -> None:
     """Run onnxruntime-genai's builder on a Hugging Face folder. Raises CommandFailed."""
     with tempfile.TemporaryDirectory(dir=out.parent) as cache:
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        command = [sys.executable, "-m", BUILDER]
         command += ["-i", str(source), "-o", str(out), "-c", cache, "-p", precision, "-e", "cpu"]
         done = subprocess.run(
             command,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from picospec.fingerprint import tokenizer_fingerprint
-from picospec_cli import model_folder, prepare
+from picospec_cli import conversion, model_folder, prepare
 from picospec_cli.__main__ import main
 from picospec_cli.console import CommandFailed
 from picospec_cli.model_folder import MANIFEST, build, damage, is_complete
@@ -172,14 +172,17 @@ def test_a_hugging_face_folder_becomes_a_draft(
     assert "already there" in capsys.readouterr().err
 
 
-def test_a_broken_source_is_an_error_with_the_builders_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_failing_builder_is_quoted_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
-    (source / "config.json").write_text('{"model_type": "llama", "architectures": ["Nothing"]}')
+    (source / "config.json").write_text("{}")
+    monkeypatch.setattr(conversion, "BUILDER", "no_such_builder")
     assert main(["prepare", "--from", str(source), "--out", str(out)]) == 1
-    assert "the ONNX builder ended with status 1" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "the ONNX builder ended with status 1" in printed
+    assert "No module named no_such_builder" in printed
     assert not out.exists()
     assert leftovers(tmp_path) == []
 
