@@ -1,0 +1,48 @@
+"""Engines are slow to start, so the whole session shares one of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from cloud_server.config import EngineConfig
+from cloud_server.engine.client import VLLMEngine
+from tests.support.reference import Reference
+from tests.support.tiny import build_tiny_llama
+
+TINY_MAX_MODEL_LEN = 256
+TINY_KV_BLOCKS = 128  # of 32 tokens
+_TINY_KV_BYTES_PER_BLOCK = 32 * 2 * 2 * 64 * 4  # tokens, layers, K and V, hidden size, float32
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_reference(tiny_model: Path) -> Reference:
+    return Reference(tiny_model)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def tiny_engine(tiny_model: Path) -> AsyncIterator[VLLMEngine]:
+    engine = VLLMEngine(
+        EngineConfig(
+            model=str(tiny_model),
+            args={
+                "max_model_len": TINY_MAX_MODEL_LEN,
+                "enforce_eager": True,
+                "max_num_seqs": 64,
+                "kv_cache_memory_bytes": TINY_KV_BLOCKS * _TINY_KV_BYTES_PER_BLOCK,
+            },
+        )
+    )
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.shutdown()
