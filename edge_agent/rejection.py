@@ -20,9 +20,11 @@ sample number n > 0 is only ever offered because its coin said tail.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from picospec.messages import Rejection
 from picospec.noise import Purpose, race, uniform
@@ -51,34 +53,34 @@ class RejectionSampler:
         `attempt` is the number of the tail sample in `rejection`, from 0. After None send a
         probe for sample attempt + 1 (Draft.probe = attempt + 2) and offer its answer.
         """
-        probs = rejection.probs
-        drafted = np.zeros_like(probs)
+        probs = rejection.probs.astype(np.float64)
+        kept = probs
         if self.draft_law is not None:
-            drafted = self.draft_law.probs_of(rejection.token_ids)
-        kept = residual(probs, drafted)
-        kept_mass = float(kept.sum())
-        tail_mass = max(0.0, rejection.tail_mass)
-        if kept_mass + tail_mass <= 0.0:  # P = Q to rounding: P is then as good a law
-            kept, kept_mass = probs.astype(np.float64), 1.0
-        for coin in (attempt, attempt + 1):
-            persists = coin == attempt and attempt > 0
-            if not persists and not self._coin_says_tail(kept_mass, tail_mass, coin):
-                index = race(
-                    kept.astype(np.float32),
-                    rejection.token_ids,
-                    self.seed,
-                    self.position,
-                    Purpose.RESIDUAL,
-                    coin,
-                )
-                return int(rejection.token_ids[index])
-            if coin == attempt and self._accepts_tail_sample(rejection, attempt):
-                return rejection.tail_token_id
+            kept = residual(probs, self.draft_law.probs_of(rejection.token_ids))
+        tail_mass = rejection.tail_mass if rejection.tail_prob > 0.0 else 0.0
+        if tail_mass <= 0.0:
+            tail_mass = 0.0
+            if not kept.any():  # P = Q to rounding: P itself is as good a law
+                kept = probs
+        if attempt == 0 and self._coin_says_kept(kept, tail_mass, 0):
+            return self._draw_kept(rejection, kept, 0)
+        if tail_mass > 0.0 and self._accepts_tail_sample(rejection, attempt):
+            return rejection.tail_token_id
+        if self._coin_says_kept(kept, tail_mass, attempt + 1):
+            return self._draw_kept(rejection, kept, attempt + 1)
         return None
 
-    def _coin_says_tail(self, kept_mass: float, tail_mass: float, coin: int) -> bool:
+    def _coin_says_kept(self, kept: NDArray[np.float64], tail_mass: float, coin: int) -> bool:
+        kept_mass = float(kept.sum())
         u = uniform(self.seed, self.position, Purpose.COIN, coin)
-        return u * (kept_mass + tail_mass) >= kept_mass
+        return u * (kept_mass + tail_mass) < kept_mass
+
+    def _draw_kept(self, rejection: Rejection, kept: NDArray[np.float64], coin: int) -> int:
+        # Scaled by a power of two: however little is kept, float32 holds it without rounding.
+        weights = np.ldexp(kept, -math.frexp(kept.sum())[1]).astype(np.float32)
+        token_ids = rejection.token_ids
+        index = race(weights, token_ids, self.seed, self.position, Purpose.RESIDUAL, coin)
+        return int(token_ids[index])
 
     def _accepts_tail_sample(self, rejection: Rejection, attempt: int) -> bool:
         if attempt >= MAX_TAIL_ATTEMPTS:

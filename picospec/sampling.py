@@ -34,6 +34,8 @@ class Distribution:
 
     def prob(self, token_id: int) -> float:
         """The probability of one id; 0 for ids that are not in it, whatever their value."""
+        if self.token_ids is None:
+            return float(self.probs[token_id]) if 0 <= token_id < len(self.probs) else 0.0
         return float(self.probs_of([token_id])[0])
 
     def probs_of(self, token_ids: ArrayLike) -> ProbArray:
@@ -194,7 +196,9 @@ def accept(u: float, target_prob: float, draft_prob: float) -> bool:
     return u * draft_prob < target_prob
 
 
-def residual(target_probs: ProbArray, draft_probs: ProbArray) -> NDArray[np.float64]:
+def residual(
+    target_probs: NDArray[np.floating], draft_probs: NDArray[np.floating]
+) -> NDArray[np.float64]:
     """max(0, P - Q), token by token: what a rejected draft leaves, not normalised."""
     return np.maximum(target_probs.astype(np.float64) - draft_probs, 0.0)
 

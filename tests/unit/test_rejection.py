@@ -227,6 +227,13 @@ def test_equal_to_rounding_the_token_follows_the_target() -> None:
     assert set(tokens) == {0, 1}
 
 
+def test_however_little_is_kept_can_be_drawn() -> None:
+    law = Distribution(None, np.array([1.0, 0.0, 0.0], np.float32))
+    offered = offer_of([0, 1, 2], [1.0, 3e-42, 1e-42])
+    tokens = [RejectionSampler(seed, POSITION, law).offer(offered, 0) for seed in range(200)]
+    assert set(tokens) == {1, 2}
+
+
 def test_a_tail_smaller_than_nothing_is_none() -> None:
     law = Distribution(None, np.array([0.5, 0.5, 0.0], np.float32))
     offered = offer_of([0, 2], [0.6, 0.4], (-1e-9, 1, 0.0))
@@ -235,11 +242,13 @@ def test_a_tail_smaller_than_nothing_is_none() -> None:
 
 
 @pytest.mark.parametrize("tail_prob", [0.0, math.nan, -1.0])
-def test_a_tail_sample_without_probability_is_never_taken(tail_prob: float) -> None:
-    law = Distribution(None, np.array([0.5, 0.5, 0.0], np.float32))
-    offered = offer_of([0], [0.5], (0.5, 2, tail_prob))
-    for seed in range(100):
-        assert RejectionSampler(seed, POSITION, law).offer(offered, 0) is None
+@pytest.mark.parametrize("attempt", [0, 1, MAX_TAIL_ATTEMPTS])
+def test_a_tail_sample_without_probability_is_never_taken(tail_prob: float, attempt: int) -> None:
+    for drafted in ([0.5, 0.5, 0.0], [0.25, 0.75, 0.0]):
+        law = Distribution(None, np.array(drafted, np.float32))
+        offered = offer_of([0], [0.5], (0.5, 2, tail_prob))
+        for seed in range(50):
+            assert RejectionSampler(seed, POSITION, law).offer(offered, attempt) == 0
 
 
 def test_the_drafter_may_be_narrower_than_the_target() -> None:
