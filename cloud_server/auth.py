@@ -15,8 +15,9 @@ import grpc
 from cloud_server.status import Context, abort
 from picospec.errors import Unauthenticated
 
+# As text: grpc's classes are generic in its stubs only.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Continuation: TypeAlias = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
+Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
 
 _OPEN_PREFIX = "/grpc.health.v1.Health/"
 

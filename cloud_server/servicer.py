@@ -66,15 +66,18 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Context
     ) -> None:
         try:
-            with self._sessions.admit() as session:
-                error = await self._serve(session, context)
+            session = self._sessions.admit()
         except (CapacityError, CloudUnavailable) as refusal:
             self._metrics.session_refused(
                 "no_room" if isinstance(refusal, CapacityError) else "refused"
             )
             await abort(context, refusal)
-        if error is not None:
-            await abort(context, error)
+        try:
+            error = await self._serve(session, context)
+            if error is not None:
+                await abort(context, error)
+        finally:
+            self._sessions.release(session)
 
     async def _serve(self, session: Session, context: Context) -> PicoSpecError | None:
         """Run the session to its end; returns what it failed with."""
@@ -85,17 +88,26 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
             asyncio.create_task(_guarded(session, self._write(session, protocol, context))),
         ]
         try:
-            return await session.ended
+            # Shielded: cancelling this call must not take the outcome from the session.
+            return await asyncio.shield(session.ended)
         except asyncio.CancelledError:
             # The edge went away or cancelled, or the server stopped without grace.
             session.end("cancelled")
             raise
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _to_the_end(self._close(session, protocol, tasks))
+
+    async def _close(
+        self, session: Session, protocol: CloudSession, tasks: list[asyncio.Task[None]]
+    ) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        try:
             await self._engine.abort(session.key)
-            self._report(session, protocol)
+        except Exception:
+            log.exception("the engine did not abort a session", extra={"session": session.key})
+        self._report(session, protocol)
 
     async def _read(self, session: Session, protocol: CloudSession, context: Context) -> None:
         """Frames of the edge, checked, to the engine."""
@@ -143,7 +155,12 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
             # Before it is on its way: the edge may answer faster than the write returns.
             protocol.send(event)
             message = codec.encode_cloud(event)
-            await context.write(message)
+            try:
+                await context.write(message)
+            except (grpc.aio.InternalError, grpc.aio.UsageError):
+                # How gRPC says that the edge has gone; the call is cancelled in a moment.
+                session.end("cancelled")
+                return
             now = session.heard_s = loop_time()
             self._metrics.frame_sent(message.ByteSize())
             if isinstance(event, Opened):
@@ -199,6 +216,19 @@ async def _guarded(session: Session, work: Coroutine[Any, Any, None]) -> None:
     except Exception:
         log.exception("a session failed", extra={"session": session.key})
         session.end("internal_error", PicoSpecError("Internal error"))
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` even when cancelled (again) meanwhile; the cancellation follows it."""
+    task = asyncio.create_task(work)
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancellation = error
+    if cancellation is not None:
+        raise cancellation
 
 
 async def _next_message(context: Context) -> pb.GenerateRequest | None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cloud_server.engine.interface import EngineEvent
@@ -40,9 +38,13 @@ class Session:
 
     def end(self, outcome: str, error: PicoSpecError | None = None) -> None:
         """The first call decides; later ones change nothing."""
-        if not self.ended.done():
-            self.outcome = outcome
-            self.ended.set_result(error)
+        if self.ended.done():
+            return
+        if error is not None:
+            # Its frames refer to this session: a cycle that would keep the call alive.
+            error.__traceback__ = error.__context__ = None
+        self.outcome = outcome
+        self.ended.set_result(error)
 
     def offer(self, event: EngineEvent) -> None:
         """The engine's sink. Never blocks, never raises."""
@@ -69,7 +71,7 @@ class SessionTable:
         self._max_sessions = max_sessions
         self._outbound_frames_max = outbound_frames_max
         self._idle_timeout_s = idle_timeout_s
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[Session, _SilenceTimer] = {}
         self._numbers = itertools.count(1)
         self._empty = asyncio.Event()
         self._empty.set()
@@ -87,9 +89,8 @@ class SessionTable:
         if self._refusal:
             raise CloudUnavailable(self._refusal)
 
-    @contextmanager
-    def admit(self) -> Iterator[Session]:
-        """A new session, in the table while the context lasts.
+    def admit(self) -> Session:
+        """A new session, to be given back with `release`.
 
         Raises CapacityError when there are `max_sessions`, CloudUnavailable after `refuse`.
         """
@@ -105,19 +106,17 @@ class SessionTable:
             started_s=now,
             heard_s=now,
         )
-        self._sessions[session.key] = session
+        self._sessions[session] = _SilenceTimer(session, self._idle_timeout_s, loop)
         self._empty.clear()
-        timer = _SilenceTimer(session, self._idle_timeout_s, loop)
-        try:
-            yield session
-        finally:
-            timer.cancel()
-            del self._sessions[session.key]
-            if not self._sessions:
-                self._empty.set()
+        return session
+
+    def release(self, session: Session) -> None:
+        self._sessions.pop(session).cancel()
+        if not self._sessions:
+            self._empty.set()
 
     def end_all(self, outcome: str, error: PicoSpecError) -> None:
-        for session in self._sessions.values():
+        for session in self._sessions:
             session.end(outcome, error)
 
     async def drained(self) -> None:

@@ -152,12 +152,13 @@ class Cloud:
 async def running_cloud(
     engine: ScriptedEngine | None = None,
     channel_options: list[tuple[str, Any]] | None = None,
+    metrics: MetricsConfig | None = None,
     **server: Any,
 ) -> AsyncIterator[Cloud]:
     """A server on a free port with `server` settings; stopped, not drained, at the end."""
     engine = engine or ScriptedEngine()
     settings = ServerConfig(**{"port": 0, "health_interval_s": 0.02, "grace_s": 0.0} | server)
-    config = CloudConfig(server=settings, metrics=MetricsConfig(port=0))
+    config = CloudConfig(server=settings, metrics=metrics or MetricsConfig(enabled=False))
     cloud_server = CloudServer(config, engine)
     await cloud_server.start()
     address = f"127.0.0.1:{cloud_server.port}"
