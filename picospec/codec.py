@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
+from google.protobuf.message import DecodeError, Message
 
 from picospec.errors import RemoteProtocolError
 from picospec.messages import (
@@ -58,6 +59,7 @@ _WIRE_ASSIST = {policy: number for number, policy in _ASSIST.items()}
 _WIRE_FINISH = {reason: number for number, reason in _FINISH.items()}
 
 Known = TypeVar("Known")
+AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 
 def encode_edge(frame: EdgeFrame) -> pb.GenerateRequest:
@@ -212,6 +214,42 @@ def decode_model(message: pb.GetModelResponse) -> ModelCard:
 def model_request(protocol_version: int) -> pb.GetModelRequest:
     """The question that `encode_model` answers."""
     return pb.GetModelRequest(protocol_version=protocol_version)
+
+
+# The edge's link carries bytes, so that it knows their number and no message class.
+
+GENERATE_METHOD = "/picospec.v1.SpeculationService/Generate"
+GET_MODEL_METHOD = "/picospec.v1.SpeculationService/GetModel"
+
+
+def edge_to_bytes(frame: EdgeFrame) -> bytes:
+    """The payload of a GenerateRequest."""
+    payload: bytes = encode_edge(frame).SerializeToString()
+    return payload
+
+
+def cloud_from_bytes(payload: bytes) -> CloudFrame:
+    """The frame in a GenerateResponse's payload. Raises RemoteProtocolError."""
+    return decode_cloud(_parsed(pb.GenerateResponse, payload))
+
+
+def model_request_to_bytes(protocol_version: int) -> bytes:
+    """The payload of a GetModelRequest."""
+    payload: bytes = model_request(protocol_version).SerializeToString()
+    return payload
+
+
+def model_from_bytes(payload: bytes) -> ModelCard:
+    """The card in a GetModelResponse's payload. Raises RemoteProtocolError."""
+    return decode_model(_parsed(pb.GetModelResponse, payload))
+
+
+def _parsed(message_type: type[AnyMessage], payload: bytes) -> AnyMessage:
+    try:
+        message: AnyMessage = message_type.FromString(payload)
+    except DecodeError as error:
+        raise RemoteProtocolError("The payload is no such message", "frame") from error
+    return message
 
 
 def _encode_open(frame: Open) -> pb.Open:

@@ -172,6 +172,21 @@ def check_draft(draft: Draft, card: ModelCard, mode: VerificationMode) -> None:
     )
 
 
+def check_card(card: ModelCard) -> None:
+    """Raises RemoteProtocolError. Edge side."""
+    limits = card.limits
+    for field, value, low, high in (
+        ("protocol_version", card.protocol_version, 1, 2**32),
+        ("logits_width", card.logits_width, 1, 2**24),
+        ("max_model_len", card.max_model_len, 2, 2**31),
+        ("limits.max_draft_tokens", limits.max_draft_tokens, 1, 2**16),
+        ("limits.max_window", limits.max_window, 1, 2**16),
+        ("limits.max_sparse_k", limits.max_sparse_k, 1, 2**24),
+    ):
+        _require(low <= value <= high, f"{value} is not in {low} .. {high}", f"model.{field}")
+    _check_ids(card.eos_token_ids, card.logits_width, "model.eos_token_ids")
+
+
 def check_opened(opened: Opened, card: ModelCard) -> None:
     """Raises RemoteProtocolError. Edge side."""
     _require(opened.max_draft_tokens >= 1, "No drafts are taken", "opened.max_draft_tokens")

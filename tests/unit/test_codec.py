@@ -118,6 +118,15 @@ def test_a_model_card_survives_the_wire_and_unknown_modes_are_left_out() -> None
     assert codec.decode_model(message) == card
 
 
+def test_payloads_that_are_no_messages_are_refused() -> None:
+    frame = Draft(1, 5, (2, 3), (0.5, 0.25))
+    assert codec.decode_edge(pb.GenerateRequest.FromString(codec.edge_to_bytes(frame))) == frame
+    with pytest.raises(RemoteProtocolError):
+        codec.cloud_from_bytes(b"\xff\xff")
+    with pytest.raises(RemoteProtocolError):
+        codec.model_from_bytes(b"\x0a")
+
+
 def test_arrays_are_mapped_without_a_copy_and_read_only() -> None:
     message = codec.encode_edge(OPEN)
     decoded = codec.decode_edge(message)

@@ -212,3 +212,16 @@ def test_verdicts_that_can_never_be_right(
 def test_openings_the_edge_refuses(opened: Opened) -> None:
     with pytest.raises(RemoteProtocolError):
         validation.check_opened(opened, CARD)
+
+
+def test_model_cards() -> None:
+    validation.check_card(CARD)
+    for change in (
+        {"logits_width": 0},
+        {"max_model_len": 0},
+        {"eos_token_ids": (WIDTH,)},
+        {"limits": Limits(max_draft_tokens=0)},
+        {"limits": Limits(max_window=0)},
+    ):
+        with pytest.raises(RemoteProtocolError):
+            validation.check_card(dataclasses.replace(CARD, **change))

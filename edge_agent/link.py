@@ -1,0 +1,292 @@
+"""The link to the cloud: one gRPC channel, one stream for each generation.
+
+The laws of this file:
+1. `send` never blocks: frames wait in a bounded queue; when it overflows the stream is lost.
+2. Every wait has an end: connecting, a question's answer, a connection that fell silent
+   (keepalive).
+3. `aclose` frees the stream at once, here and in the cloud.
+4. gRPC's failures leave as ours (`_STATUS_ERRORS`); those that are CloudUnavailable may be
+   resumed on a new stream.
+
+`Link` and `Stream` are the seam to the pipeline, `ScriptedLink` the double.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+
+from picospec import codec, validation
+from picospec.errors import (
+    CapacityError,
+    CloudUnavailable,
+    ConfigError,
+    PicoSpecError,
+    RemoteOrderError,
+    RemoteProtocolError,
+)
+from picospec.messages import CloudFrame, EdgeFrame, ModelCard
+
+MAX_PENDING_FRAMES = 1024
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+KEEPALIVE_TIME_S = 10.0  # of silence, then a ping; the cloud allows one in 5 s
+KEEPALIVE_TIMEOUT_S = 5.0
+RECONNECT_BACKOFF_MAX_S = 2.0
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", int(RECONNECT_BACKOFF_MAX_S * 1000)),
+    ("grpc.enable_retries", 0),  # a generation resumes by itself, with what it knows
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+# Statuses not listed (UNAVAILABLE, RST_STREAM's INTERNAL and CANCELLED ...) mean that the stream
+# is lost for reasons of its own, and may be taken up again.
+_STATUS_ERRORS: dict[grpc.StatusCode, type[PicoSpecError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: RemoteProtocolError,
+    grpc.StatusCode.OUT_OF_RANGE: RemoteProtocolError,
+    grpc.StatusCode.FAILED_PRECONDITION: RemoteOrderError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: CapacityError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: CloudUnavailable,
+    # The operator's to mend, not the caller's.
+    grpc.StatusCode.UNAUTHENTICATED: ConfigError,
+    grpc.StatusCode.PERMISSION_DENIED: ConfigError,
+    grpc.StatusCode.UNIMPLEMENTED: ConfigError,
+}
+
+
+class Stream(Protocol):
+    """One generation's stream."""
+
+    bytes_up: int  # gRPC message payloads
+    bytes_down: int
+
+    def send(self, frame: EdgeFrame) -> None:
+        """Queue a frame. Never blocks or raises; failures come out of `receive`."""
+        ...
+
+    async def receive(self) -> CloudFrame | None:
+        """The next frame; None when the cloud has ended the stream well.
+
+        Raises CloudUnavailable (the stream is lost), CapacityError, RemoteProtocolError,
+        ConfigError.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Cancel the stream; idempotent."""
+        ...
+
+
+class Link(Protocol):
+    """Opens streams."""
+
+    def open_stream(self, request_id: str) -> Stream:
+        """Never blocks; a cloud that cannot be reached shows in `receive`."""
+        ...
+
+
+class CloudLink:
+    """A channel to one cloud server. To be made and used on a running event loop."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        tls_ca: str | None = None,
+        connect_timeout_s: float = 5.0,
+    ) -> None:
+        """`tls_ca`: PEM file of the authority to trust; without it there is no TLS.
+
+        Raises ConfigError if the file cannot be read.
+        """
+        self._address = address
+        self._connect_timeout_s = connect_timeout_s
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._channel = _channel(address, tls_ca)
+        self._get_model: Any = self._channel.unary_unary(codec.GET_MODEL_METHOD)
+        self._generate: Any = self._channel.stream_stream(codec.GENERATE_METHOD)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the connection stands at this moment."""
+        return self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+    async def get_model(self) -> ModelCard:
+        """Ask what is served. Raises as `Stream.receive` does."""
+        try:
+            payload = await self._get_model(
+                codec.model_request_to_bytes(validation.PROTOCOL_VERSION),
+                metadata=self._metadata,
+                timeout=self._connect_timeout_s,
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, self._address) from error
+        card = codec.model_from_bytes(payload)
+        validation.check_card(card)
+        return card
+
+    def open_stream(self, request_id: str) -> LinkStream:
+        call = self._generate(metadata=(*self._metadata, ("x-request-id", request_id)))
+        return LinkStream(call, self._address, self._connect_timeout_s)
+
+    async def close(self) -> None:
+        """Close the channel; streams still open are cancelled."""
+        await self._channel.close()
+
+
+class LinkStream:
+    """A `Stream` over gRPC. A writer task drains the queue of frames."""
+
+    def __init__(self, call: Any, address: str, connect_timeout_s: float) -> None:
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._call = call
+        self._address = address
+        self._connect_timeout_s = connect_timeout_s
+        self._connected = False
+        self._overflowed = False
+        self._pending: asyncio.Queue[bytes] = asyncio.Queue(MAX_PENDING_FRAMES)
+        self._writer = asyncio.create_task(self._write(), name="link-writer")
+
+    def send(self, frame: EdgeFrame) -> None:
+        try:
+            self._pending.put_nowait(codec.edge_to_bytes(frame))
+        except asyncio.QueueFull:
+            self._overflowed = True
+            self._call.cancel()
+
+    async def receive(self) -> CloudFrame | None:
+        try:
+            if not self._connected:
+                await self._connect()
+            payload = await self._call.read()
+            if payload is not grpc.aio.EOF:
+                self.bytes_down += len(payload)
+                return codec.cloud_from_bytes(payload)
+            code = await self._call.code()
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, self._address) from error
+        except asyncio.CancelledError:
+            if not self._overflowed:
+                raise
+            raise CloudUnavailable(f"The cloud at {self._address} takes no more frames") from None
+        if code is grpc.StatusCode.OK:
+            return None
+        raise status_error(code, await self._call.details() or "", self._address)
+
+    async def aclose(self) -> None:
+        self._call.cancel()
+        self._writer.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._writer
+
+    async def _connect(self) -> None:
+        """Wait until the stream stands. Raises CloudUnavailable when that takes too long."""
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await self._call.wait_for_connection()
+        except TimeoutError:
+            raise CloudUnavailable(
+                f"No connection to the cloud at {self._address} within "
+                f"{self._connect_timeout_s:g} s"
+            ) from None
+        self._connected = True
+
+    async def _write(self) -> None:
+        # Whatever fails here fails the call, and `receive` says so.
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                payload = await self._pending.get()
+                await self._call.write(payload)
+                self.bytes_up += len(payload)
+
+
+def error_of(error: grpc.aio.AioRpcError, address: str) -> PicoSpecError:
+    """The failure of a call as ours."""
+    return status_error(error.code(), error.details() or "", address)
+
+
+def status_error(code: grpc.StatusCode, details: str, address: str) -> PicoSpecError:
+    """The failure with this status as ours."""
+    error_type = _STATUS_ERRORS.get(code, CloudUnavailable)
+    if error_type is CloudUnavailable:
+        return CloudUnavailable(f"The cloud at {address} is not available: {details or code.name}")
+    if error_type is ConfigError:
+        return ConfigError(f"The cloud at {address} refuses this edge: {details or code.name}")
+    return error_type(details or code.name)
+
+
+def _channel(address: str, tls_ca: str | None) -> grpc.aio.Channel:
+    if tls_ca is None:
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    try:
+        authority = Path(tls_ca).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cloud.tls_ca = {tls_ca!r} cannot be read: {error.strerror}") from error
+    return grpc.aio.secure_channel(
+        address, grpc.ssl_channel_credentials(authority), options=_OPTIONS
+    )
+
+
+class ScriptedLink:
+    """A double: every stream's frames are answered by `answer(stream, frame)`, if given.
+
+    The answerer calls `stream.feed`; tests may do so themselves.
+    """
+
+    def __init__(self, answer: Callable[[ScriptedStream, EdgeFrame], None] | None = None) -> None:
+        self.streams: list[ScriptedStream] = []
+        self._answer = answer
+
+    def open_stream(self, request_id: str) -> ScriptedStream:
+        stream = ScriptedStream(self._answer, request_id)
+        self.streams.append(stream)
+        return stream
+
+
+class ScriptedStream:
+    """A stream in memory."""
+
+    def __init__(
+        self, answer: Callable[[ScriptedStream, EdgeFrame], None] | None, request_id: str
+    ) -> None:
+        self.request_id = request_id
+        self.sent: list[EdgeFrame] = []
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.closed = False
+        self._answer = answer
+        self._inbound: asyncio.Queue[CloudFrame | PicoSpecError | None] = asyncio.Queue()
+
+    def feed(self, *frames: CloudFrame | PicoSpecError | None) -> None:
+        """What `receive` returns or raises next."""
+        for frame in frames:
+            self._inbound.put_nowait(frame)
+
+    def send(self, frame: EdgeFrame) -> None:
+        self.sent.append(frame)
+        self.bytes_up += len(codec.edge_to_bytes(frame))
+        if self._answer is not None and not self.closed:
+            self._answer(self, frame)
+
+    async def receive(self) -> CloudFrame | None:
+        frame = await self._inbound.get()
+        if isinstance(frame, PicoSpecError):
+            raise frame
+        return frame
+
+    async def aclose(self) -> None:
+        self.closed = True
