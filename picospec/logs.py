@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Literal, TextIO
 
 # Set where a generation starts; tasks created from there inherit it. Empty outside of one.
@@ -14,7 +16,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 LEVELS = ("debug", "info", "warning", "error")
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "request_id"}
+_SHOWN_APART = frozenset({"message", "asctime", "request_id"})
 
 
 def configure(
@@ -68,7 +70,14 @@ def _request_id(record: logging.LogRecord) -> str:
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    standard = _standard_fields(logging.getLogRecordFactory())
+    return {key: value for key, value in vars(record).items() if key not in standard}
+
+
+@lru_cache(maxsize=4)
+def _standard_fields(factory: Callable[..., logging.LogRecord]) -> frozenset[str]:
+    """What every record has, fields of a library's own record factory included."""
+    return frozenset(vars(factory("", 0, "", 0, "", (), None))) | _SHOWN_APART
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from picospec_cli.console import CommandFailed, say, tail
 
-STOP_GRACE_S = 15.0
+STOP_GRACE_S = 20.0
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)

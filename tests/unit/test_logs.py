@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -64,3 +65,21 @@ def test_text_records_cannot_be_forged_by_their_content() -> None:
     logging.getLogger("t").info("hello\nERROR %s", "\x1b[31m", extra={"n": 3, "name_of": "a\nb"})
     (line,) = stream.getvalue().splitlines()
     assert line.endswith("t: hello\\nERROR \\x1b[31m n=3 name_of=a\\nb")
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_what_a_library_adds_to_every_record_is_no_field() -> None:
+    class Record(logging.LogRecord):
+        def __init__(self, *values: Any, **named: Any) -> None:
+            super().__init__(*values, **named)
+            self.library_name = "x"
+
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(Record)
+    try:
+        stream = io.StringIO()
+        logs.configure("info", "text", stream)
+        logging.getLogger("t").info("hello", extra={"n": 1})
+        assert stream.getvalue().endswith("t: hello n=1\n")
+    finally:
+        logging.setLogRecordFactory(before)
