@@ -217,9 +217,11 @@ class _Worker(asyncio.Protocol):
                     start_new_session=True,  # a terminal's Ctrl-C is for us to handle
                 )
             await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
-        except OSError as error:
+        except BaseException as error:  # cancellation too: the closed stream ends the process
             ours.close()
-            raise DrafterFailed(f"cannot start the drafter's process: {error}") from error
+            if isinstance(error, OSError):
+                raise DrafterFailed(f"cannot start the drafter's process: {error}") from error
+            raise
         return self
 
     @property

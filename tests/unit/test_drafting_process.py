@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from edge_agent.drafting.messages import (
 )
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.drafting.scripted import SCRIPT_FILE, ScriptedDrafting, pseudo_model
+from edge_agent.drafting.worker import DraftWorker
 from picospec.errors import CapacityError, DrafterFailed
 from picospec.messages import Rejection, SamplingParams, VerificationMode
 
@@ -162,6 +164,40 @@ async def undisturbed() -> list[Chat]:
 def same(chats: list[Chat], expected: list[Chat]) -> None:
     assert [chat.text for chat in chats] == [chat.text for chat in expected]
     assert [chat.probs for chat in chats] == [chat.probs for chat in expected]
+
+
+class CrashingDrafting(ScriptedDrafting):
+    """Loses its worker, and what that had emitted, at random moments."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(pseudo_model(WIDTH, MODEL_SEED), WIDTH)
+        self._random = random.Random(seed)
+        self._life = 0
+
+    def _emit(self, context_id, event) -> None:
+        life = self._life
+        asyncio.get_running_loop().call_soon(
+            lambda: self._life == life and self._deliver(context_id, event)
+        )
+
+    def _schedule(self) -> None:
+        if self._random.random() < 0.05:
+            self._life += 1
+            self._worker = DraftWorker(self.drafter, self._emit)
+            for context_id, context in self._contexts.items():
+                for command in context.rebuild():
+                    self._worker.handle(context_id, command)
+        super()._schedule()
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_rebuilt_contexts_go_on_where_the_events_left_off(seed):
+    expected, drafting = await undisturbed(), CrashingDrafting(seed)
+    chats = [Chat(drafting, spec) for spec in SPECS]
+    for chat in chats:
+        await asyncio.wait_for(chat.done.wait(), 30)
+    same(chats, expected)
+    assert drafting._life > 20
 
 
 async def test_process_and_double_draft_the_same(script_spec):
