@@ -240,4 +240,5 @@ def policy_of(config: EdgeConfig) -> SpeculationPolicy:
         sparse_k=speculation.sparse_k,
         assist=speculation.assist,
         resume_attempts=config.cloud.resume_attempts,
+        resume_timeout_s=config.cloud.resume_timeout_s,
     )

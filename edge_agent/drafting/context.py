@@ -130,10 +130,14 @@ class Drafting(Protocol):
     """Opens contexts: `process.DraftingProcess`, and `scripted.ScriptedDrafting` for tests."""
 
     restarts: int  # of the worker, since start
-    pid: int | None  # of the worker; None when there is none
     logits_width: int  # of the drafter; 0: any. Known after start
     drafted_tokens: int  # since start, rolled back ones included
     drafting_s: float  # time the drafter computed, since start
+
+    @property
+    def pid(self) -> int | None:
+        """Of the worker; None when there is none."""
+        ...
 
     @property
     def alive(self) -> bool:
