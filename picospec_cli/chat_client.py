@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from picospec_cli.console import CommandFailed
 
 Message = dict[str, str]
+HEALTH_TIMEOUT_S = 3.0
 DEFAULT_URL = "http://127.0.0.1:8080"
 
 _LINE_BYTES_MAX = 1 << 20
@@ -79,13 +80,13 @@ class ChatClient:
     def health(self) -> dict[str, Any]:
         """The body of /health, whatever its status; {} while nobody listens."""
         with suppress(OSError, ValueError, http.client.HTTPException, CommandFailed):
-            _, body = self._get("/health")
+            _, body = self._get("/health", min(self._timeout_s, HEALTH_TIMEOUT_S))
             return body
         return {}
 
     def model(self) -> str:
         """The id of the model served."""
-        status, body = self._get("/v1/models")
+        status, body = self._get("/v1/models", self._timeout_s)
         if status != 200:
             raise CommandFailed(_error_of(status, body))
         return str(body["data"][0]["id"])
@@ -100,7 +101,7 @@ class ChatClient:
         request = {"messages": list(messages), "stream": True, **parameters}
         request["stream_options"] = {"include_usage": True}
         started_s = time.monotonic()
-        connection = self._connect()
+        connection = self._connect(self._timeout_s)
         try:
             connection.request(
                 "POST", f"{self._base_path}/v1/chat/completions", json.dumps(request), self._headers
@@ -122,12 +123,12 @@ class ChatClient:
         finally:
             connection.close()
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def _connect(self, timeout_s: float) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        return kind(self._netloc, timeout=self._timeout_s)
+        return kind(self._netloc, timeout=timeout_s)
 
-    def _get(self, path: str) -> tuple[int, dict[str, Any]]:
-        connection = self._connect()
+    def _get(self, path: str, timeout_s: float) -> tuple[int, dict[str, Any]]:
+        connection = self._connect(timeout_s)
         try:
             connection.request("GET", self._base_path + path, headers=self._headers)
             response = connection.getresponse()

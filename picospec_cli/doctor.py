@@ -125,7 +125,7 @@ def cloud(address: str, timeout_s: float = 3.0) -> Finding:
 
 
 def edge(url: str) -> Finding:
-    health = ChatClient(url, configured_api_key(), timeout_s=3.0).health()
+    health = ChatClient(url, configured_api_key()).health()
     if not health:
         return Finding(f"edge agent {url}", False, "does not answer")
     ok = health.get("status") == "ok"
