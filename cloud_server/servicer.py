@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine
+from time import monotonic
 from typing import Any
 
 import grpc
@@ -111,7 +112,6 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
 
     async def _read(self, session: Session, protocol: CloudSession, context: Context) -> None:
         """Frames of the edge, checked, to the engine."""
-        loop_time = asyncio.get_running_loop().time
         while True:
             message = await _next_message(context)
             if message is None:
@@ -119,12 +119,12 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
                 if protocol.request is None:
                     raise RemoteOrderError("The stream ended before its Open", "open")
                 return
-            arrived_s = session.heard_s = loop_time()
+            arrived_s = session.heard_s = monotonic()
             self._metrics.frame_received(message.ByteSize())
             match protocol.receive(codec.decode_edge(message)):
                 case Draft() as draft:
                     await self._engine.deliver(session.key, draft)
-                    self._metrics.draft_handled(loop_time() - arrived_s)
+                    self._metrics.draft_handled(monotonic() - arrived_s)
                 case Open() as request:
                     await self._open(session, request)
                 case Finish():
@@ -149,7 +149,6 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
 
     async def _write(self, session: Session, protocol: CloudSession, context: Context) -> None:
         """Events of the engine to the edge, the last verdict included."""
-        loop_time = asyncio.get_running_loop().time
         while True:
             event = await session.outbound.get()
             # Before it is on its way: the edge may answer faster than the write returns.
@@ -161,7 +160,7 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
                 # How gRPC says that the edge has gone; the call is cancelled in a moment.
                 session.end("cancelled")
                 return
-            now = session.heard_s = loop_time()
+            now = session.heard_s = monotonic()
             self._metrics.frame_sent(message.ByteSize())
             if isinstance(event, Opened):
                 self._metrics.opened(event)
@@ -191,7 +190,6 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
         if isinstance(error, RemoteProtocolError):
             self._metrics.protocol_error(error.field)
         request_id.set(session.request_id)
-        now = asyncio.get_running_loop().time()
         log.info(
             "generation ended",
             extra={
@@ -199,7 +197,7 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
                 "outcome": session.outcome,
                 "output_tokens": session.end_position - session.first_position,
                 "verdicts": session.num_verdicts,
-                "seconds": round(now - session.started_s, 3),
+                "seconds": round(monotonic() - session.started_s, 3),
             }
             | ({"error": str(error)} if error is not None else {}),
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from dataclasses import dataclass
+from time import monotonic
 
 from cloud_server.engine.interface import EngineEvent
 from picospec.errors import CapacityError, CloudUnavailable, DeadlineExceeded, PicoSpecError
@@ -26,7 +27,7 @@ class Session:
     key: str  # unique for the engine's lifetime
     outbound: asyncio.Queue[Opened | Verdict]
     ended: asyncio.Future[PicoSpecError | None]  # None: ended well
-    started_s: float  # event loop's clock
+    started_s: float  # time.monotonic; uvloop's own clock counts whole milliseconds
     heard_s: float  # when a frame last came from or went to the edge
     prefilling: bool = False  # the engine has the Open and has not answered: not the edge's turn
     outcome: str = ""
@@ -97,16 +98,15 @@ class SessionTable:
         self.check_open()
         if len(self._sessions) >= self._max_sessions:
             raise CapacityError(f"All {self._max_sessions} sessions are taken")
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = monotonic()
         session = Session(
             key=f"s{next(self._numbers)}",
             outbound=asyncio.Queue(self._outbound_frames_max),
-            ended=loop.create_future(),
+            ended=asyncio.get_running_loop().create_future(),
             started_s=now,
             heard_s=now,
         )
-        self._sessions[session] = _SilenceTimer(session, self._idle_timeout_s, loop)
+        self._sessions[session] = _SilenceTimer(session, self._idle_timeout_s)
         self._empty.clear()
         return session
 
@@ -131,21 +131,24 @@ class _SilenceTimer:
     no more than a store.
     """
 
-    def __init__(self, session: Session, timeout_s: float, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, session: Session, timeout_s: float) -> None:
         self._session = session
         self._timeout_s = timeout_s
-        self._loop = loop
-        self._handle = loop.call_at(session.heard_s + timeout_s, self._look)
+        self._look_in(timeout_s)
 
     def _look(self) -> None:
-        session, now = self._session, self._loop.time()
-        due_s = (now if session.prefilling else session.heard_s) + self._timeout_s
-        if now < due_s:
-            self._handle = self._loop.call_at(due_s, self._look)
+        session = self._session
+        quiet_s = 0.0 if session.prefilling else monotonic() - session.heard_s
+        if quiet_s < self._timeout_s:
+            self._look_in(self._timeout_s - quiet_s)
             return
         session.end(
-            "idle", DeadlineExceeded(f"Nothing was heard from the edge for {self._timeout_s:g} s")
+            "idle",
+            DeadlineExceeded(f"Nothing was heard from the edge for {self._timeout_s:g} s"),
         )
+
+    def _look_in(self, delay_s: float) -> None:
+        self._handle = asyncio.get_running_loop().call_later(delay_s, self._look)
 
     def cancel(self) -> None:
         self._handle.cancel()
