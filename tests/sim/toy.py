@@ -42,12 +42,19 @@ class Language:
         logits = self._logits(0, context)
         return sampling.process(logits, self.params, EMPTY_TOKENS, EMPTY_TOKENS)
 
-    def _draft(self, context: tuple[int, ...]) -> Distribution | None:
+    def draft_logits(self, context: tuple[int, ...]) -> np.ndarray | None:
+        """The drafter's, None where it has nothing to propose."""
         own = self._logits(1, context)
         if own[0] > 2.2:
-            return None  # nothing to propose here
+            return None
         share = self._agreement
-        logits = share * self._logits(0, context) + (1 - share) * own
+        logits: np.ndarray = share * self._logits(0, context) + (1 - share) * own
+        return logits
+
+    def _draft(self, context: tuple[int, ...]) -> Distribution | None:
+        logits = self.draft_logits(context)
+        if logits is None:
+            return None
         return sampling.process(logits, self.params, EMPTY_TOKENS, EMPTY_TOKENS)
 
 
