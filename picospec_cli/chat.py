@@ -68,7 +68,8 @@ class Conversation:
                 for piece in pieces:
                     print(piece, end="", flush=True)
         finally:
-            print(flush=True)
+            if answer.text:
+                print(flush=True)
         say(f"[{answer.summary()}]")
         self.messages = [*asked, {"role": "assistant", "content": answer.text}]
         return answer
