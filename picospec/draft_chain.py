@@ -85,7 +85,7 @@ class DraftChain:
 
     def branch_off(self, judged_end: int) -> int:
         """Give up all drafts. Returns how many had been sent from `judged_end` on, in vain."""
-        num_stale = max(0, self._sent_end - max(judged_end, self.position))
+        num_stale = max(0, self._sent_end - judged_end)
         if self._epoch_used:
             self.epoch, self._epoch_used = self.epoch + 1, False
         self._drafts.clear()

@@ -272,7 +272,7 @@ class EdgeSession:
         num_kept = self._chain.agrees(verdict.num_accepted, verdict.token_ids)
         own = verdict.token_ids[num_kept - verdict.num_accepted :]
         agreed = self.position + num_kept
-        judged_end = verdict.position + verdict.num_draft_tokens
+        judged_end = max(agreed, verdict.position + verdict.num_draft_tokens)
         effects = self._commit(num_kept, own)
         reason = self._finish_reason() if effects else None
         if reason is not None:
