@@ -152,10 +152,10 @@ class CloudMetrics:
         """`num_recovered` tokens were committed by the edge since the last verdict."""
         num_accepted = verdict.num_accepted
         self._generation_tokens.inc(num_recovered + num_accepted + len(verdict.token_ids))
-        self._queue.observe(verdict.queue_us * 1e-6)
         self._compute.observe(verdict.compute_us * 1e-6)
         if not verdict.num_draft_tokens:
             return
+        self._queue.observe(verdict.queue_us * 1e-6)
         self._num_drafts.inc()
         self._num_draft_tokens.inc(verdict.num_draft_tokens)
         self._num_accepted_tokens.inc(num_accepted)

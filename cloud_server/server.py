@@ -157,9 +157,11 @@ async def serve(config: CloudConfig, engine: VerificationEngine) -> int:
             _default_signals(loop)
             return EXIT_OK
         await _first_of(stop.wait(), server.engine_died.wait())
+        # Ctrl-C reaches the engine's process as well: its death after a signal is no failure.
+        exit_code = EXIT_OK if stop.is_set() else EXIT_ENGINE
         log.info("shutting down", extra={"sessions": len(server.sessions)})
         await server.stop(hurry)
-        return EXIT_ENGINE if server.engine_died.is_set() else EXIT_OK
+        return exit_code
     finally:
         await _first_of(engine.shutdown(), timeout_s=ENGINE_SHUTDOWN_TIMEOUT_S)
         log.info("stopped")

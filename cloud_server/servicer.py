@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -151,6 +152,9 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
         """Events of the engine to the edge, the last verdict included."""
         while True:
             event = await session.outbound.get()
+            if isinstance(event, Opened):
+                # `protocol` keeps the window, so its size is not the engine's to know.
+                event = replace(event, window=self._card.limits.max_window)
             # Before it is on its way: the edge may answer faster than the write returns.
             protocol.send(event)
             message = codec.encode_cloud(event)

@@ -204,7 +204,7 @@ class _Sequence:
         limits = self.engine.card.limits
         position = len(self.committed)
         self._emit(
-            Opened(position, 0, limits.max_draft_tokens, limits.max_window, self.request.sparse_k)
+            Opened(position, 0, limits.max_draft_tokens, window=0, sparse_k=self.request.sparse_k)
         )
         if self.request.probe:
             self.queue.judged(rejected=True)

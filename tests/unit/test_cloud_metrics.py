@@ -76,7 +76,7 @@ async def test_prometheus_can_scrape_them() -> None:
         'vllm:spec_decode_num_drafts_total{engine="0",model_name="scripted"}',
         "picospec_cloud_sessions_active 1.0",
         'picospec_cloud_verdict_compute_seconds_bucket{le="0.0005"}',
-        "picospec_cloud_verdict_queue_seconds_count 1.0",
+        "picospec_cloud_verdict_compute_seconds_count 1.0",
         "picospec_cloud_time_to_first_token_seconds_count 1.0",
         "picospec_cloud_received_bytes_total",
     ):
