@@ -36,6 +36,8 @@ from picospec.draft_queue import DraftQueue, Work
 from picospec.errors import NumericalError
 from picospec.messages import AssistPolicy, FinishReason, Open, Opened, Verdict, VerificationMode
 
+Results = dict[str, StepResult | NumericalError]  # by request id
+
 _FINISH_REASONS = {
     VLLMFinishReason.STOP: FinishReason.STOP,
     VLLMFinishReason.LENGTH: FinishReason.LENGTH,
@@ -80,7 +82,8 @@ class VerificationScheduler(Scheduler):
     # -- sessions come, speak and go ---------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        value = unwrap(request.sampling_params and request.sampling_params.extra_args)
+        params = request.sampling_params
+        value = unwrap(params.extra_args if params is not None else None)
         if isinstance(value, Delivery):
             self._deliver(request.request_id, value)
             return
@@ -117,7 +120,8 @@ class VerificationScheduler(Scheduler):
         status = request.status
         if check_stop(request, self.max_model_len):
             finished, request.status = request.status, status
-            reason = _FINISH_REASONS[RequestStatus.get_finished_reason(finished)]
+            stopped = finished == RequestStatus.FINISHED_STOPPED
+            reason = FinishReason.STOP if stopped else FinishReason.LENGTH
             self.finish_requests(request.request_id, finished)
             verdict = Verdict(session.queue.epoch, request.num_tokens, finish_reason=reason)
             self._emit(request, [verdict])
@@ -276,7 +280,9 @@ class VerificationScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> dict[int, EngineCoreOutputs]:
         step: VerificationStep = scheduler_output.picospec  # type: ignore[attr-defined]
-        results: dict[str, StepResult | NumericalError] = getattr(model_runner_output, "picospec", {})
+        results: dict[str, StepResult | NumericalError] = getattr(
+            model_runner_output, "picospec", {}
+        )
         # A session that stops is gone from `_sessions` before its last verdict is made.
         stepped = {
             request_id: self._sessions[request_id]
@@ -296,7 +302,7 @@ class VerificationScheduler(Scheduler):
             if isinstance(result, NumericalError):
                 self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
                 self._emit(request, [result])
-            elif result is not None and not request.status == RequestStatus.FINISHED_ABORTED:
+            elif result is not None and request.status != RequestStatus.FINISHED_ABORTED:
                 drafts = scheduler_output.scheduled_spec_decode_tokens.get(request_id, [])
                 self._conclude(
                     session,
@@ -310,6 +316,9 @@ class VerificationScheduler(Scheduler):
             group = outputs.setdefault(client_index, EngineCoreOutputs())
             group.outputs = [*group.outputs, *events]
         self._events.clear()
+        for group in outputs.values():
+            if group.scheduler_stats is not None:  # now that the sessions are up to date
+                group.scheduler_stats.kv_connector_stats = wrap(self._engine_stats())
         return outputs
 
     def _conclude(
@@ -365,7 +374,7 @@ class VerificationScheduler(Scheduler):
             first_position=plan.position,
             cached_prompt_tokens=prefill.num_cached_tokens if prefill is not None else 0,
             max_draft_tokens=self._max_draft_tokens,
-            window=0,
+            window=0,  # the servicer's to say
             sparse_k=session.opening.sparse_k,
         )
 
@@ -376,13 +385,7 @@ class VerificationScheduler(Scheduler):
 
     def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> None:
         """Counted from the verdicts, in the gRPC process."""
-        return None
-
-    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        stats = super().make_stats(*args, **kwargs)
-        if stats is not None:
-            stats.kv_connector_stats = wrap(self._engine_stats())
-        return stats
+        return
 
     def _engine_stats(self) -> EngineStats:
         running = waiting = 0

@@ -10,6 +10,9 @@ Everything about devices stays in vLLM: this file works on whatever tensors it h
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -25,8 +28,9 @@ from picospec.messages import EMPTY_TOKENS, Open, TokenArray
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
 else:
-    from vllm.v1.worker.gpu_worker import Worker as _Worker
+    from vllm.v1.worker.gpu_worker import Worker as _Worker  # type: ignore[assignment]
 
+PARENT_POLL_S = 1.0
 _NO_TOKEN = -1  # vLLM's PLACEHOLDER_TOKEN_ID: removed when the output is parsed
 _MIN_COLUMNS = 2  # with one column vLLM takes the output as it is, placeholders included
 
@@ -154,15 +158,34 @@ class VerificationRunner:
 
     def take_draft_token_ids(self) -> None:
         """Drafts come over the wire, never from the runner."""
-        return None
+        return
+
+
+def _follow_parent() -> None:
+    """Let the parent process decide when this one ends.
+
+    Ctrl-C at a terminal goes to its whole process group, which would end the engine under the
+    sessions that the daemon is still draining; so the engine leaves that group. And a parent that
+    is killed tells nobody, so a thread looks whether it is still there.
+    """
+    os.setpgid(0, 0)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 class VerificationWorker(_Worker):
     """The engine's `worker_cls`."""
 
     def init_device(self) -> None:
-        super().init_device()
-        runner = self.model_runner
+        _follow_parent()
+        super().init_device()  # type: ignore[no-untyped-call]
+        runner: Any = self.model_runner
         runner.__class__ = type(
             f"Verification{type(runner).__name__}", (VerificationRunner, type(runner)), {}
         )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 
 from cloud_server.config import EngineConfig
-from cloud_server.engine.client import VLLMEngine
 from tests.support.reference import Reference
 from tests.support.tiny import build_tiny_llama
+
+if TYPE_CHECKING:  # importing vLLM takes long, and not every test needs it
+    from cloud_server.engine.client import VLLMEngine
 
 TINY_MAX_MODEL_LEN = 256
 TINY_KV_BLOCKS = 128  # of 32 tokens
@@ -30,6 +33,8 @@ def tiny_reference(tiny_model: Path) -> Reference:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def tiny_engine(tiny_model: Path) -> AsyncIterator[VLLMEngine]:
+    from cloud_server.engine.client import VLLMEngine
+
     engine = VLLMEngine(
         EngineConfig(
             model=str(tiny_model),
