@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from picospec_cli import prepare
 from picospec_cli.chat import Conversation, add_answer_arguments, answer_parameters
@@ -164,13 +165,21 @@ def _wait_until_ready(daemons: Sequence[Daemon], client: ChatClient, timeout_s: 
         for daemon in daemons:
             daemon.check_alive()
         now_s = time.monotonic()
-        problem = health.get("problem") or "the edge agent does not listen yet"
+        problem = _why_not_ready(health)
         if now_s - started_s > timeout_s:
             raise CommandFailed(f"not ready after {timeout_s:.0f} s: {problem}")
         if now_s - reported_s > _REPORT_INTERVAL_S:
             reported_s = now_s
             say(f"  {now_s - started_s:.0f} s: {problem}")
         time.sleep(_POLL_INTERVAL_S)
+
+
+def _why_not_ready(health: dict[str, Any]) -> str:
+    if not health:
+        return "the edge agent does not listen yet"
+    if not health.get("cloud", {}).get("reachable"):
+        return "the cloud server is loading the target (compiling it, the first time)"
+    return str(health.get("problem"))
 
 
 def _free_ports(count: int) -> list[int]:
