@@ -6,7 +6,7 @@ sockets in a private directory.
 
     client    --Open, Draft-->         scheduler   SamplingParams.extra_args
     scheduler --VerificationStep-->    worker      attribute of SchedulerOutput
-    worker    --dict of StepResult-->  scheduler   attribute of ModelRunnerOutput
+    worker    --StepOutcome-->         scheduler   attribute of ModelRunnerOutput
     scheduler --EngineEvents-->        client      EngineCoreOutput.kv_transfer_params
     scheduler --EngineStats-->         client      SchedulerStats.kv_connector_stats
 """
@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cloud_server.engine.interface import EngineEvent, EngineStats
-from cloud_server.engine.verification import StepKind
+from cloud_server.engine.verification import StepKind, StepResult
+from picospec.errors import NumericalError
 from picospec.messages import Draft, Open
 
 _KEY = "picospec"
@@ -53,6 +54,15 @@ class VerificationStep:
 
     plans: dict[str, StepPlan] = field(default_factory=dict)
     forced: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What the worker decided, and what it took: the forward with its logits, and the judging."""
+
+    results: dict[str, StepResult | NumericalError] = field(default_factory=dict)
+    forward_s: float = 0.0
+    sampling_s: float = 0.0
 
 
 def wrap(value: Open | Delivery | Sequence[EngineEvent] | EngineStats) -> dict[str, Any]:

@@ -27,6 +27,10 @@ class EngineStats:
     evicted_sessions: int = 0  # held sessions whose KV was given to others, total
     preempted_sessions: int = 0  # total
     stale_tokens: int = 0  # drafts dropped because their epoch was over, total
+    steps: int = 0  # total, and what they took:
+    step_s: float = 0.0  # from the start of scheduling to the verdicts
+    forward_s: float = 0.0  # of that, the model with its logits
+    sampling_s: float = 0.0  # of that, judging drafts and drawing tokens
 
 
 class VerificationEngine(Protocol):

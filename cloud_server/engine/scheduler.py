@@ -16,7 +16,7 @@ so that its logits row judges the first of them.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,14 +29,18 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.engine import FinishReason as VLLMFinishReason
 from vllm.v1.request import Request, RequestStatus
 
-from cloud_server.engine.envelope import Delivery, StepPlan, VerificationStep, unwrap, wrap
+from cloud_server.engine.envelope import (
+    Delivery,
+    StepPlan,
+    VerificationStep,
+    unwrap,
+    wrap,
+)
 from cloud_server.engine.interface import EngineEvent, EngineStats
 from cloud_server.engine.verification import StepKind, StepResult
 from picospec.draft_queue import DraftQueue, Work
 from picospec.errors import NumericalError
 from picospec.messages import AssistPolicy, FinishReason, Open, Opened, Verdict, VerificationMode
-
-Results = dict[str, StepResult | NumericalError]  # by request id
 
 _FINISH_REASONS = {
     VLLMFinishReason.STOP: FinishReason.STOP,
@@ -78,6 +82,7 @@ class VerificationScheduler(Scheduler):
         self._events: dict[int, list[EngineCoreOutput]] = {}  # to send with the next outputs
         self._step_started_s = 0.0
         self._totals: Counter[str] = Counter()
+        self._spent_s: defaultdict[str, float] = defaultdict(float)
 
     # -- sessions come, speak and go ---------------------------------------------------------
 
@@ -280,9 +285,7 @@ class VerificationScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> dict[int, EngineCoreOutputs]:
         step: VerificationStep = scheduler_output.picospec  # type: ignore[attr-defined]
-        results: dict[str, StepResult | NumericalError] = getattr(
-            model_runner_output, "picospec", {}
-        )
+        outcome: StepOutcome = getattr(model_runner_output, "picospec", StepOutcome())
         # A session that stops is gone from `_sessions` before its last verdict is made.
         stepped = {
             request_id: self._sessions[request_id]
@@ -298,7 +301,7 @@ class VerificationScheduler(Scheduler):
             request = session.request
             if not request.is_finished() and not request.is_prefill_chunk:
                 request.num_computed_tokens = request.num_tokens - 1
-            result = results.get(request_id)
+            result = outcome.results.get(request_id)
             if isinstance(result, NumericalError):
                 self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
                 self._emit(request, [result])
@@ -316,6 +319,11 @@ class VerificationScheduler(Scheduler):
             group = outputs.setdefault(client_index, EngineCoreOutputs())
             group.outputs = [*group.outputs, *events]
         self._events.clear()
+        if stepped:
+            self._totals["steps"] += 1
+            self._spent_s["step"] += time.monotonic() - self._step_started_s
+            self._spent_s["forward"] += outcome.forward_s
+            self._spent_s["sampling"] += outcome.sampling_s
         for group in outputs.values():
             if group.scheduler_stats is not None:  # now that the sessions are up to date
                 group.scheduler_stats.kv_connector_stats = wrap(self._engine_stats())
@@ -403,6 +411,10 @@ class VerificationScheduler(Scheduler):
             evicted_sessions=self._totals["evicted"],
             preempted_sessions=self._totals["preempted"],
             stale_tokens=self._totals["stale"],
+            steps=self._totals["steps"],
+            step_s=self._spent_s["step"],
+            forward_s=self._spent_s["forward"],
+            sampling_s=self._spent_s["sampling"],
         )
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:

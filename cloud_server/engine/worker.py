@@ -20,8 +20,8 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 
-from cloud_server.engine.envelope import StepPlan, VerificationStep, unwrap
-from cloud_server.engine.verification import StepResult, VerificationLaw, verify
+from cloud_server.engine.envelope import StepOutcome, StepPlan, VerificationStep, unwrap
+from cloud_server.engine.verification import VerificationLaw, verify
 from picospec.errors import NumericalError
 from picospec.messages import EMPTY_TOKENS, Open, TokenArray
 
@@ -48,7 +48,8 @@ class VerificationRunner:
         self._laws: dict[str, VerificationLaw] = {}
         self._step = VerificationStep()
         self._drafts: dict[str, list[int]] = {}
-        self._results: dict[str, StepResult | NumericalError] = {}
+        self._outcome = StepOutcome()
+        self._forward_started_s = 0.0
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         self._step = getattr(scheduler_output, "picospec", None) or VerificationStep()
@@ -86,6 +87,10 @@ class VerificationRunner:
         self.input_batch.is_token_ids[index, start:end] = True
         self.input_batch.num_tokens_no_spec[index] = end
 
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._forward_started_s = time.perf_counter()
+        return super()._model_forward(*args, **kwargs)  # type: ignore[misc]
+
     def _sample(
         self, logits: torch.Tensor | None, spec_decode_metadata: Any | None
     ) -> SamplerOutput:
@@ -94,7 +99,8 @@ class VerificationRunner:
         logits: [sum of (drafts + 1), logits_width], a session's rows contiguous, in the
         order of the batch.
         """
-        self._results = {}
+        started_s = time.perf_counter()
+        self._outcome = StepOutcome(forward_s=started_s - self._forward_started_s)
         request_ids = self.input_batch.req_ids
         num_drafts = (
             spec_decode_metadata.num_draft_tokens
@@ -113,6 +119,7 @@ class VerificationRunner:
         sampled = np.full((len(tokens), columns), _NO_TOKEN, np.int32)
         for index, token_ids in enumerate(tokens):
             sampled[index, : len(token_ids)] = token_ids
+        self._outcome.sampling_s = time.perf_counter() - started_s
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(sampled).to(self.device), logprobs_tensors=None
         )
@@ -138,9 +145,9 @@ class VerificationRunner:
                 attempt=plan.attempt,
             )
         except NumericalError as error:  # this session's logits; the others' are sound
-            self._results[request_id] = error
+            self._outcome.results[request_id] = error
             return []
-        self._results[request_id] = result
+        self._outcome.results[request_id] = result
         return [*drafts[: result.num_accepted], *result.token_ids]
 
     def _history(self, request_id: str, position: int) -> tuple[TokenArray, TokenArray]:
@@ -153,7 +160,7 @@ class VerificationRunner:
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         if isinstance(output, ModelRunnerOutput):
-            output.picospec = self._results  # type: ignore[attr-defined]
+            output.picospec = self._outcome  # type: ignore[attr-defined]
         return output
 
     def take_draft_token_ids(self) -> None:
