@@ -108,6 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
             if prompt is not None:
                 say(f"> {prompt}")
             Conversation(client, answer_parameters(arguments)).hold(prompt)
+        except CommandFailed:
+            for daemon in daemons:  # one that has ended says more
+                daemon.check_alive()
+            raise
         finally:
             with step("stopping both daemons"):
                 stop(daemons)
