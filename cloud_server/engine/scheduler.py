@@ -31,6 +31,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from cloud_server.engine.envelope import (
     Delivery,
+    StepOutcome,
     StepPlan,
     VerificationStep,
     unwrap,
