@@ -5,8 +5,8 @@ answer at every token (docs/architecture.md). The laws of this file:
 1. Nothing here blocks the event loop; what waits to be written is bounded.
 2. A worker that dies is replaced, and every open context is rebuilt from its mirror
    (context.py) where its events left off. No chat is lost.
-3. Deaths are bounded: after RESTARTS_MAX within RESTART_WINDOW_S all contexts fail, and nothing is
-   tried until RESTART_WINDOW_S later. New contexts are refused meanwhile.
+3. Deaths are bounded: after more than RESTARTS_MAX within RESTART_WINDOW_S all contexts fail and
+   new ones are refused, until a start succeeds; the next is tried after RETRY_AFTER_S.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from picospec.errors import CapacityError, DrafterFailed
 
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 60.0
+RETRY_AFTER_S = 60.0
 BACKOFF_FIRST_S = 0.05  # doubles with each death in the window
 EXIT_GRACE_S = 2.0  # from the end of the stream to SIGKILL
 PENDING_BYTES_MAX = 16 << 20  # a worker that reads nothing for so long hangs
@@ -144,7 +145,7 @@ class DraftingProcess:
                 deaths.popleft()
             if len(deaths) > RESTARTS_MAX:
                 self._fail_all(f"the drafter died {len(deaths)} times in {RESTART_WINDOW_S:.0f} s")
-                await asyncio.sleep(RESTART_WINDOW_S)
+                await asyncio.sleep(RETRY_AFTER_S)
                 deaths.clear()
             else:
                 await asyncio.sleep(BACKOFF_FIRST_S * 2.0 ** (len(deaths) - 1))

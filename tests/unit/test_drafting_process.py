@@ -255,7 +255,8 @@ async def test_worker_killed_while_a_probe_is_out(script_spec):
 
 async def test_too_many_deaths_fail_the_chats_then_it_is_tried_again(script_spec, monkeypatch):
     monkeypatch.setattr(process, "RESTARTS_MAX", 1)
-    monkeypatch.setattr(process, "RESTART_WINDOW_S", 3.0)
+    monkeypatch.setattr(process, "RESTART_WINDOW_S", 1000.0)
+    monkeypatch.setattr(process, "RETRY_AFTER_S", 0.5)
     async with running(script_spec(token_s=0.01)) as drafting:
         chat = Chat(drafting, context_spec())
         for _ in range(2):
