@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
-from cloud_server.config import EngineConfig
+from cloud_server.config import CloudConfig, EngineConfig, MetricsConfig, ServerConfig
+from cloud_server.server import CloudServer
+from tests.support.machine import cloud_core, model_folder, pinned
 from tests.support.reference import Reference
 from tests.support.tiny import build_tiny_llama
 
@@ -50,4 +53,27 @@ async def tiny_engine(tiny_model: Path) -> AsyncIterator[VLLMEngine]:
     try:
         yield engine
     finally:
+        await engine.shutdown()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cloud_address() -> AsyncIterator[str]:
+    """A cloud server on loopback, with the real target."""
+    from cloud_server.engine.client import VLLMEngine
+
+    engine = VLLMEngine(
+        EngineConfig(
+            model=str(model_folder("target")),
+            args={"max_model_len": 1024, "enforce_eager": True, "max_num_seqs": 16},
+        )
+    )
+    server = CloudServer(
+        CloudConfig(server=ServerConfig(port=0), metrics=MetricsConfig(enabled=False)), engine
+    )
+    with pinned(cloud_core()):
+        await server.start()
+    try:
+        yield f"127.0.0.1:{server.port}"
+    finally:
+        await server.stop(asyncio.Event())
         await engine.shutdown()

@@ -1,0 +1,164 @@
+"""Greedy text through drafter, link and cloud is, token for token, what vLLM alone generates.
+
+Real parts throughout: the cloud server with the real target, gRPC over TCP, the drafter's own
+process with the real drafts. The reference is stock vLLM. In every mode and with every drafter all
+prompts run six at once, the windows spread over them, and with every window one runs alone.
+With PICOSPEC_FULL_MATRIX=1 every combination of mode, drafter and window sees all prompts both
+ways, which takes half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.drafting.drafter import DrafterSpec
+from edge_agent.drafting.process import DraftingProcess
+from edge_agent.generation import GenerationRequest
+from edge_agent.link import CloudLink
+from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
+from edge_agent.tokenizer import Tokenizer
+from picospec.messages import ModelCard, SamplingParams, VerificationMode
+from tests.support.machine import edge_core, model_folder
+from tests.support.stock import generate_greedily
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(3600),
+]
+
+NUM_TOKENS = 64
+CONCURRENCY = 6
+FULL = os.environ.get("PICOSPEC_FULL_MATRIX") == "1"
+DRAFTERS = ("draft-int4", "draft-int8", "ngram")
+WINDOWS = (1, 4, 16)
+QUESTIONS = (
+    "Why is the sky blue?",
+    "What is the capital of France?",
+    "A farmer has 17 sheep and buys 5 more each week. How many has he after 6 weeks?",
+    "Write a Python function that reverses a string.",
+    "Name three rivers in Europe.",
+    "Explain photosynthesis to a child.",
+    "What is 12 times 7?",
+    "Write a short poem about rain.",
+    "List five fruits, one on each line.",
+    "Who wrote Hamlet?",
+    "Translate 'good morning' to Spanish.",
+    "How do I boil an egg?",
+    "What does HTTP stand for?",
+    "Summarise the story of Cinderella in two sentences.",
+    "Give me a recipe for pancakes.",
+    "def fibonacci(n): complete this function.",
+    "What is the difference between a list and a tuple?",
+    "Tell me a fact about the moon.",
+    "Repeat the word 'apple' ten times.",
+    "Count from one to twenty.",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(model_folder("target"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    return [
+        tokenizer.encode_chat([{"role": "user", "content": question}]).tolist()
+        for question in QUESTIONS
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    folder: Path = tmp_path_factory.mktemp("stock")
+    target = str(model_folder("target"))
+    texts = generate_greedily(target, prompts, NUM_TOKENS, folder)
+    if FULL:
+        assert texts == generate_greedily(target, prompts, NUM_TOKENS, folder, one_by_one=True)
+    return texts
+
+
+@asynccontextmanager
+async def drafting(drafter: str) -> AsyncIterator[DraftingProcess]:
+    backend = "ngram" if drafter == "ngram" else "onnx"
+    folder = model_folder("draft-int4" if drafter == "ngram" else drafter)
+    process = DraftingProcess(
+        DrafterSpec(backend, str(folder), threads=1, cpu=edge_core()), CONCURRENCY
+    )
+    await process.start()
+    try:
+        yield process
+    finally:
+        await process.stop()
+
+
+async def generate(
+    generator: SpeculativeGenerator, prompt: list[int], name: str
+) -> tuple[list[int], float]:
+    """The text, and the share of judged drafts that were accepted."""
+    generation = generator.generate(
+        GenerationRequest(
+            request_id=name,
+            prompt_token_ids=np.asarray(prompt, np.int32),
+            sampling=SamplingParams(temperature=0.0),
+            max_tokens=NUM_TOKENS,
+            stop_token_ids=(),
+        )
+    )
+    token_ids: list[int] = []
+    async for chunk in generation:
+        token_ids += chunk.token_ids
+    stats = generation.stats
+    return token_ids, stats.accepted_tokens / max(1, stats.drafted_tokens)
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("mode", VerificationMode)
+async def test_greedy_text_is_vllms(
+    mode: VerificationMode,
+    drafter: str,
+    cloud_address: str,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+) -> None:
+    link = CloudLink(cloud_address)
+    card: ModelCard = await link.get_model()
+    rates: list[float] = []
+
+    async with drafting(drafter) as process:
+
+        async def check(index: int, window: int) -> None:
+            policy = SpeculationPolicy(mode=mode, draft_length=min(4, window), window=window)
+            generator = SpeculativeGenerator(link, process, lambda: card, policy)
+            token_ids, rate = await generate(generator, prompts[index], f"w{window}-{index}")
+            assert token_ids == expected[index], (window, QUESTIONS[index])
+            rates.append(rate)
+
+        async def worker(runs: Iterator[tuple[int, int]]) -> None:
+            for index, window in runs:
+                await check(index, window)
+
+        everything = list(itertools.product(range(len(prompts)), WINDOWS))
+        alone = everything if FULL else [(3 * i, window) for i, window in enumerate(WINDOWS)]
+        crowd = (
+            everything
+            if FULL
+            else list(enumerate(itertools.islice(itertools.cycle(WINDOWS), len(prompts))))
+        )
+        await worker(iter(alone))
+        runs = iter(crowd)
+        await asyncio.gather(*(worker(runs) for _ in range(CONCURRENCY)))
+        assert process.open_contexts == 0
+    await link.close()
+    floor = {"draft-int4": 0.3, "draft-int8": 0.7, "ngram": 0.02}[drafter]
+    assert np.mean(rates) > floor, "the drafts do not help: something is misaligned"
