@@ -53,7 +53,12 @@ def build_vllm_config(config: EngineConfig) -> VllmConfig:
             )
     if arguments.get("pipeline_parallel_size", 1) != 1:
         raise ConfigError("engine.args.pipeline_parallel_size: only 1 is supported")
-    defaults = _CPU_DEFAULTS if current_platform.is_cpu() else {}
+    defaults: dict[str, Any] = {}
+    if current_platform.is_cpu():
+        defaults = _CPU_DEFAULTS
+        # On CPU vLLM cannot read its ahead-of-time artifact back ("no attribute
+        # 'finalize_loading'") and compiles anew at every start; torch's own cache works.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     try:
         engine_args = AsyncEngineArgs(
             **{
