@@ -23,7 +23,7 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     """What is asked, and how it is to be answered; shared with the demo."""
     parser.add_argument("--prompt", help="answer this and leave; without it, a chat is opened")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--temperature", type=float, default=0.3)
     parser.add_argument("--seed", type=int, metavar="N")
 
 
