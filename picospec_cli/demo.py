@@ -21,7 +21,7 @@ from picospec_cli.chat import Conversation, add_answer_arguments, answer_paramet
 from picospec_cli.chat_client import ChatClient, configured_api_key
 from picospec_cli.console import CommandFailed, is_interactive, say, step
 from picospec_cli.model_folder import model_home
-from picospec_cli.processes import Daemon, stop
+from picospec_cli.processes import Daemon, divided_cores, stop
 
 PROMPT = "Why is the sky blue? Answer in three sentences."
 HOST = "127.0.0.1"
@@ -145,11 +145,13 @@ def start(plan: Plan, timeout_s: float, logs: Path | None) -> tuple[list[Daemon]
     """
     daemons: list[Daemon] = []
     try:
-        for module, flags in (
-            ("cloud_server", plan.cloud_arguments()),
-            ("edge_agent", plan.edge_arguments()),
+        cloud_cores, edge_cores = divided_cores()
+        for module, flags, cores in (
+            ("cloud_server", plan.cloud_arguments(), cloud_cores),
+            ("edge_agent", plan.edge_arguments(), edge_cores),
         ):
-            daemons.append(Daemon(module, flags, logs / f"{module}.log" if logs else None))
+            log = logs / f"{module}.log" if logs else None
+            daemons.append(Daemon(module, flags, log, cores))
         client = ChatClient(f"http://{HOST}:{plan.edge_port}", api_key=configured_api_key())
         with step("starting the cloud server (vLLM loads the target) and the edge agent"):
             _wait_until_ready(daemons, client, timeout_s)

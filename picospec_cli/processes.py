@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from picospec_cli.console import CommandFailed, say, tail
@@ -29,13 +30,35 @@ def die_with_parent() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _prepare_child(cores: Collection[int]) -> None:
+    die_with_parent()
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
+def divided_cores() -> tuple[set[int], set[int]]:
+    """Cores for the cloud and for the edge; both empty (no limit) where there is only one.
+
+    Two pools of threads on the same cores make each other wait at every barrier, so the edge,
+    whose drafter computes with one thread, gets the last core and the cloud the others.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    return (set(cores[:-1]), {cores[-1]}) if len(cores) > 1 else (set(), set())
+
+
 class Daemon:
     """`python -m MODULE FLAGS` in a session of its own, so that Ctrl-C reaches only us.
 
-    Its output goes to `log`, or with None to our own stderr.
+    Its output goes to `log`, or with None to our own stderr. It computes on `cores`, if given.
     """
 
-    def __init__(self, module: str, flags: Sequence[str], log: Path | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        flags: Sequence[str],
+        log: Path | None = None,
+        cores: Collection[int] = (),
+    ) -> None:
         self.name = module
         self._log = log
         output = (
@@ -50,7 +73,7 @@ class Daemon:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(_prepare_child, cores),
             )
         finally:
             if log is not None:
