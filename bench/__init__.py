@@ -1,0 +1,1 @@
+"""Measurements: every figure is measured in the run that prints it, beside its baseline."""
