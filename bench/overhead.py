@@ -26,7 +26,7 @@ import numpy as np
 from bench.accepting_link import AcceptingLink
 from bench.machine import cloud_core, description, edge_core, pinned
 from bench.relay import CountingRelay
-from edge_agent.drafting.drafter import DrafterSpec
+from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.generation import GenerationRequest, Generator
 from edge_agent.link import CloudLink, Link

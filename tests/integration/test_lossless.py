@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.drafting.drafter import DrafterSpec
+from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.generation import GenerationRequest
 from edge_agent.link import CloudLink
