@@ -146,15 +146,17 @@ class SpeculativeGeneration:
         self._news.set()
         if self._task is None:
             return
-        if self._reason is not None:
-            await asyncio.wait({self._task}, timeout=2 * LAST_WORDS_S)
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-        await self._close_stream()
-        if self._context is not None:
-            self._context.close()
-        self._observer.generation_finished(self._outcome())
+        try:
+            if self._reason is not None:
+                await asyncio.wait({self._task}, timeout=2 * LAST_WORDS_S)
+        finally:  # also when the reader is cancelled meanwhile
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            await self._close_stream()
+            if self._context is not None:
+                self._context.close()
+            self._observer.generation_finished(self._outcome())
 
     def _outcome(self) -> str:
         if self._reason is not None:
@@ -230,7 +232,8 @@ class SpeculativeGeneration:
                 try:
                     await self._receive_all()
                 except (CloudUnavailable, CapacityError) as error:
-                    await self._resume(error)
+                    if not self._session.finished:  # by the token that the drafter recovered
+                        await self._resume(error)
         except PicoSpecError as error:
             self._fail(error)
         except Exception as error:

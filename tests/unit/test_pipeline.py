@@ -28,6 +28,7 @@ from picospec.errors import (
 )
 from picospec.messages import (
     EdgeFrame,
+    Finish,
     FinishReason,
     Limits,
     ModelCard,
@@ -231,6 +232,29 @@ async def test_a_lost_link_changes_nothing_in_the_answer(
     assert all(stream.closed for stream in cloud.link.streams)
 
 
+async def test_the_clouds_answer_to_finish_is_no_loss(caplog: pytest.LogCaptureFixture) -> None:
+    """The edge finishes by itself when it draws the last token; then the cloud ends the stream."""
+
+    class Polite(ToyCloud):
+        def answer(self, stream: ScriptedStream, frame: EdgeFrame) -> None:
+            super().answer(stream, frame)
+            if isinstance(frame, Finish):
+                stream.feed(None)
+
+    caplog.set_level("INFO")
+    num_finishes = 0
+    for seed in range(10):
+        cloud = Polite(LANGUAGE, seed)
+        generator = SpeculativeGenerator(
+            cloud.link, drafter_of(LANGUAGE), lambda: CARD, SpeculationPolicy(SPLIT)
+        )
+        await collect(generator.generate(request_of(seed, max_tokens=6)))
+        [stream] = cloud.link.streams
+        num_finishes += isinstance(stream.sent[-1], Finish)
+    assert num_finishes
+    assert "lost" not in caplog.text
+
+
 async def test_coupled_text_is_the_targets_for_any_seed() -> None:
     for seed in range(10):
         cloud = ToyCloud(LANGUAGE, seed, [(2, CloudUnavailable("cut"))])
@@ -393,3 +417,36 @@ async def test_round_trips_are_reported(observer: Recorder) -> None:
     await collect(generator.generate(replace(request_of(), sampling=GREEDY.params)))
     assert observer.round_trips
     assert all(0 <= seconds < 1 for seconds in observer.round_trips)
+
+
+@pytest.mark.usefixtures("no_task_left")
+async def test_a_reader_cancelled_at_the_very_end_leaves_nothing(
+    observer: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lingering(ToyCloud):
+        def answer(self, stream: ScriptedStream, frame: EdgeFrame) -> None:
+            feed = stream.feed
+            stream.feed = lambda *frames: feed(*filter(None, frames))  # type: ignore[method-assign]
+            super().answer(stream, frame)
+
+    monkeypatch.setattr(pipeline, "LAST_WORDS_S", 5.0)
+    cloud, drafting = Lingering(LANGUAGE, 0), drafter_of(LANGUAGE)
+    generator = SpeculativeGenerator(
+        cloud.link, drafting, lambda: CARD, SpeculationPolicy(COUPLED), observer
+    )
+    last_chunk = asyncio.Event()
+
+    async def read() -> None:
+        async for chunk in generator.generate(request_of(max_tokens=4)):
+            if chunk.finish_reason is not None:
+                last_chunk.set()
+
+    reader = asyncio.create_task(read())
+    await last_chunk.wait()
+    await asyncio.sleep(0)  # it waits for the stream's end now
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert observer.outcomes == ["length"]
+    assert drafting.open_contexts == 0
+    assert all(stream.closed for stream in cloud.link.streams)
