@@ -92,6 +92,7 @@ class CloudMetrics:
             Counter, "vllm:prefix_cache_hits", "Prefix cache hits, in cached tokens."
         )
         self._healthy = self._own(Gauge, "engine_healthy", "1 while the engine serves.")
+        self._tasks = self._own(Gauge, "asyncio_tasks", "asyncio tasks of the gRPC process.")
 
     def _sessions(self) -> None:
         self._active = self._own(Gauge, "sessions_active", "Generations being served.")
@@ -187,6 +188,9 @@ class CloudMetrics:
     def protocol_error(self, field: str) -> None:
         # Field names are ours, never the peer's, so their number is bounded.
         self._protocol_errors.labels(field or "unknown").inc()
+
+    def asyncio_tasks(self, num_tasks: int) -> None:
+        self._tasks.set(num_tasks)
 
     def engine(self, stats: EngineStats, healthy: bool) -> None:
         """Take over a snapshot of the engine; its totals only grow."""

@@ -112,6 +112,7 @@ class CloudServer:
         """Feeds the gauges, and ends everything when the engine is dead."""
         while self._engine.healthy:
             self.metrics.engine(self._engine.stats(), healthy=True)
+            self.metrics.asyncio_tasks(len(asyncio.all_tasks()))
             await asyncio.sleep(self._config.server.health_interval_s)
         log.error("the engine died")
         self.metrics.engine(self._engine.stats(), healthy=False)

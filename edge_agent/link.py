@@ -118,6 +118,12 @@ class CloudLink:
         self._channel = _channel(address, tls_ca)
         self._get_model: Any = self._channel.unary_unary(codec.GET_MODEL_METHOD)
         self._generate: Any = self._channel.stream_stream(codec.GENERATE_METHOD)
+        self._streams: set[LinkStream] = set()
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that were opened and not closed yet."""
+        return len(self._streams)
 
     @property
     def reachable(self) -> bool:
@@ -140,7 +146,9 @@ class CloudLink:
 
     def open_stream(self, request_id: str) -> LinkStream:
         call = self._generate(metadata=(*self._metadata, ("x-request-id", request_id)))
-        return LinkStream(call, self._address, self._connect_timeout_s)
+        stream = LinkStream(call, self._address, self._connect_timeout_s, self._streams.discard)
+        self._streams.add(stream)
+        return stream
 
     async def close(self) -> None:
         """Close the channel; streams still open are cancelled."""
@@ -150,12 +158,19 @@ class CloudLink:
 class LinkStream:
     """A `Stream` over gRPC. A writer task drains the queue of frames."""
 
-    def __init__(self, call: Any, address: str, connect_timeout_s: float) -> None:
+    def __init__(
+        self,
+        call: Any,
+        address: str,
+        connect_timeout_s: float,
+        on_closed: Callable[[LinkStream], None] = lambda stream: None,
+    ) -> None:
         self.bytes_up = 0
         self.bytes_down = 0
         self._call = call
         self._address = address
         self._connect_timeout_s = connect_timeout_s
+        self._on_closed = on_closed
         self._connected = False
         self._overflowed = False
         self._pending: asyncio.Queue[bytes] = asyncio.Queue(MAX_PENDING_FRAMES)
@@ -192,6 +207,7 @@ class LinkStream:
         self._writer.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._writer
+        self._on_closed(self)
 
     async def _connect(self) -> None:
         """Wait until the stream stands. Raises CloudUnavailable when that takes too long."""

@@ -6,6 +6,7 @@ work here too; what vLLM does not count is `picospec_edge_*`.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -42,9 +43,15 @@ class DrafterState:
 class EdgeMetrics:
     """Implements observer.PipelineObserver, and counts what the API sees."""
 
-    def __init__(self, drafter: Callable[[], DrafterState] = DrafterState) -> None:
+    def __init__(
+        self,
+        drafter: Callable[[], DrafterState] = DrafterState,
+        open_streams: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Both are asked when the metrics are read."""
         self._registry = registry = CollectorRegistry()
         registry.register(_DrafterCollector(drafter))
+        registry.register(_LoopCollector(open_streams))
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
@@ -201,3 +208,23 @@ class _DrafterCollector(Collector):
         yield CounterMetricFamily(
             "picospec_edge_drafter_restarts", "Times the drafter was restarted.", state.restarts
         )
+
+
+class _LoopCollector(Collector):
+    """What the event loop holds; a generation that leaves something behind shows here."""
+
+    def __init__(self, open_streams: Callable[[], int]) -> None:
+        self._open_streams = open_streams
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "picospec_edge_open_streams", "gRPC streams to the cloud.", self._open_streams()
+        )
+        yield GaugeMetricFamily("picospec_edge_asyncio_tasks", "asyncio tasks.", _num_tasks())
+
+
+def _num_tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # read off the loop, which has no tasks then
+        return 0

@@ -126,7 +126,7 @@ class EdgeServer:
                 connect_timeout_s=cloud.connect_timeout_s,
             )
             stack.push_async_callback(link.close)
-            metrics = EdgeMetrics(lambda: drafter_state(drafting))
+            metrics = EdgeMetrics(lambda: drafter_state(drafting), lambda: link.open_streams)
             watch = ModelWatch(
                 link.get_model,
                 lambda card: check_card(card, self._tokenizer, config.speculation.mode),

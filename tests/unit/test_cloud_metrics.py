@@ -79,6 +79,7 @@ async def test_prometheus_can_scrape_them() -> None:
         "picospec_cloud_verdict_compute_seconds_count 1.0",
         "picospec_cloud_time_to_first_token_seconds_count 1.0",
         "picospec_cloud_received_bytes_total",
+        "picospec_cloud_asyncio_tasks",
     ):
         assert name in text
     assert "scrape-me-not" not in text

@@ -86,3 +86,10 @@ def test_two_agents_in_a_process_do_not_share_counts() -> None:
     first, second = EdgeMetrics(), EdgeMetrics()
     first.rollback()
     assert samples(second)["picospec_edge_rollbacks_total"] == 0
+
+
+async def test_what_the_event_loop_holds() -> None:
+    metrics = EdgeMetrics(open_streams=lambda: 3)
+    found = samples(metrics)
+    assert found["picospec_edge_open_streams"] == 3
+    assert found["picospec_edge_asyncio_tasks"] == 1
