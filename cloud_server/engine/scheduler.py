@@ -69,6 +69,18 @@ class EngineSession:
     def prefilling(self) -> bool:
         return not self.opened or self.request.num_computed_tokens < self.request.num_tokens - 1
 
+    @property
+    def speaks(self) -> bool:
+        """Whether its edge has asked for something: the prompt's prefill, or a judgement."""
+        return not self.opened or self.queue.has_work
+
+    @property
+    def has_own_step(self) -> bool:
+        """Whether a step can bring it forward, whatever its assist policy."""
+        if self.speaks:
+            return True
+        return self.request.status == RequestStatus.RUNNING and self.prefilling
+
 
 class VerificationScheduler(Scheduler):
     """The engine's `scheduler_cls` (synchronous scheduling, one engine)."""
@@ -82,6 +94,7 @@ class VerificationScheduler(Scheduler):
         self._sessions: dict[str, EngineSession] = {}
         self._events: dict[int, list[EngineCoreOutput]] = {}  # to send with the next outputs
         self._step_started_s = 0.0
+        self._step_idle = True  # before the step was composed
         self._totals: Counter[str] = Counter()
         self._spent_s: defaultdict[str, float] = defaultdict(float)
 
@@ -143,33 +156,35 @@ class VerificationScheduler(Scheduler):
 
     # -- which sessions have something to do -------------------------------------------------
 
-    def _has_step(self, session: EngineSession) -> bool:
-        """Whether the next step can bring `session` forward."""
-        if not session.opened or session.queue.has_work:
-            return True
-        running = session.request.status == RequestStatus.RUNNING
-        if running and session.prefilling:
+    def _has_step(self, session: EngineSession, idle: bool) -> bool:
+        """Whether the next step can bring `session` forward; `idle` as `_idle` tells."""
+        if session.has_own_step:
             return True
         assist = session.opening.assist
-        return assist is AssistPolicy.ALWAYS or (assist is AssistPolicy.IDLE and self._idle())
+        return assist is AssistPolicy.ALWAYS or (assist is AssistPolicy.IDLE and idle)
 
     def _idle(self) -> bool:
         """Whether no session has drafts to verify or a prompt to prefill."""
-        return not any(
-            not session.opened or session.queue.has_work for session in self._sessions.values()
-        )
+        return not any(session.speaks for session in self._sessions.values())
 
-    def get_num_unfinished_requests(self) -> int:
-        """Held sessions are left out: the engine sleeps while there are only those."""
-        if not super().get_num_unfinished_requests():
-            return len(self._events)
-        plain = len(self.requests) - len(self._sessions)
-        return len(self._events) + plain + sum(map(self._has_step, self._sessions.values()))
+    def has_unfinished_requests(self) -> bool:
+        """Held sessions are left out: the engine sleeps while there are only those.
+
+        Asked several times a step, so the first session that has a step answers. One that waits
+        for an idle engine counts: there is an idle step for it, or another's step now.
+        """
+        if not super().has_unfinished_requests():
+            return bool(self._events)
+        return (
+            bool(self._events)
+            or len(self.requests) > len(self._sessions)
+            or any(self._has_step(session, idle=True) for session in self._sessions.values())
+        )
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """An evicted session stays out until its edge gives it something to do."""
         session = self._sessions.get(request.request_id)
-        if session is not None and not self._has_step(session):
+        if session is not None and not self._has_step(session, self._step_idle):
             return False
         return super()._handle_blocked_waiting_request(request)
 
@@ -177,6 +192,7 @@ class VerificationScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._step_started_s = time.monotonic()
+        self._step_idle = self._idle()
         held = [session for session in self._running_sessions() if not self._plan(session)]
         self._make_room(held)
         output = super().schedule(*args, **kwargs)
@@ -198,7 +214,7 @@ class VerificationScheduler(Scheduler):
         session.work = None
         if session.prefilling:
             return True
-        if not self._has_step(session):
+        if not self._has_step(session, self._step_idle):
             request.next_decode_eligible_step = self.current_step + 2  # skip the coming step
             return False
         session.work = session.queue.take(self._room(request))
@@ -225,7 +241,8 @@ class VerificationScheduler(Scheduler):
         waiting = [
             session.request
             for session in self._sessions.values()
-            if session.request.status != RequestStatus.RUNNING and self._has_step(session)
+            if session.request.status != RequestStatus.RUNNING
+            and self._has_step(session, self._step_idle)
         ]
         step_blocks = 1 + cdiv(self._max_draft_tokens + 1, self.block_size)
         needed = (len(self.running) - len(held)) * step_blocks
@@ -398,8 +415,9 @@ class VerificationScheduler(Scheduler):
 
     def _engine_stats(self) -> EngineStats:
         running = waiting = 0
+        idle = self._idle()
         for session in self._sessions.values():
-            if self._has_step(session):
+            if self._has_step(session, idle):
                 if session.request.status == RequestStatus.RUNNING:
                     running += 1
                 else:
