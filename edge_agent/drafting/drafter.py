@@ -104,6 +104,10 @@ class ModelContext:
     `open_runtime(capacity)` gives an empty KV cache with that room at least. A runtime may
     reserve memory for all of its capacity at once, so a context starts with room for a usual
     answer; one that outgrows it prefills again into a bigger cache, each time its length doubles.
+
+    Runtimes round a batch of tokens differently from the same tokens one by one (int4: logits
+    differ by 0.5). So that a law does not hang on when which news arrived, tokens are forwarded
+    in batches only while a cache is filled up to where the text stood; the others one by one.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class ModelContext:
         self._max_length = min(max_length, spec.max_length or max_length)
         self._runtime: KVRuntime | None = None
         self._runtime_length = 0
+        self._prefill_length = len(self._cache)  # tokens before it are forwarded in batches
 
     def __len__(self) -> int:
         return len(self._cache)
@@ -140,10 +145,14 @@ class ModelContext:
         if len(self) > self._max_length:
             return False
         runtime = self._runtime_with_room()
-        if len(self._cache.uncomputed) <= PREFILL_CHUNK:
+        if len(self._cache.uncomputed) <= self._next_batch():
             return False
         self._forward(runtime)
         return True
+
+    def _next_batch(self) -> int:
+        """How many tokens the next forward may take."""
+        return min(PREFILL_CHUNK, max(1, self._prefill_length - self._cache.num_computed))
 
     def propose(self) -> Distribution | None:
         if len(self) > self._max_length:
@@ -164,7 +173,7 @@ class ModelContext:
         if self._runtime is not None:
             if len(self) <= self._runtime.capacity:
                 return self._runtime
-            room = len(self)
+            room = self._prefill_length = len(self)
         self.close()
         self._runtime = self._open_runtime(min(len(self) + room, self._max_length))
         self._cache.num_computed = self._runtime_length = 0
@@ -175,7 +184,7 @@ class ModelContext:
         if self._runtime_length != cache.num_computed:
             runtime.truncate(cache.num_computed)
         # An id of the target's padding would be outside the embedding; any token will do for it.
-        token_ids = np.minimum(cache.uncomputed[:PREFILL_CHUNK], self._logits_width - 1)
+        token_ids = np.minimum(cache.uncomputed[: self._next_batch()], self._logits_width - 1)
         logits = runtime.forward(token_ids)
         cache.computed(len(token_ids))
         self._runtime_length = cache.num_computed

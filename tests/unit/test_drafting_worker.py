@@ -264,8 +264,26 @@ def test_model_context_is_lazy_and_prefills_in_chunks():
     context.propose()
     context.rollback(150)
     again = context.propose()  # its logits are gone: one token runs again
-    assert runtime.forwards == [64, 64, 22, 2, 1]
+    assert runtime.forwards == [64, 64, 22, 1, 1, 1]
     assert np.array_equal(first.probs, again.probs)
+
+
+def test_news_before_the_prefill_changes_no_batch():
+    """Numerics hang on how tokens are batched, and must not hang on what came when."""
+
+    def forwards(*moments):
+        context, runtimes = model_context(context_spec(token_ids=[1] * 70))
+        for moment in moments:
+            if moment == "propose":
+                context.propose()
+            else:
+                context.rollback(*moment)
+        context.propose()
+        return runtimes[0].forwards
+
+    early = forwards((70, (4,)), (71, (5,)))
+    late = forwards("propose", (70, (4,)), "propose", (71, (5,)))
+    assert early == late == [64, 6, 1, 1]
 
 
 def test_model_context_grows_its_cache_up_to_the_limit(monkeypatch):
