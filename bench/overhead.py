@@ -104,7 +104,7 @@ async def _decode(
     )
     await engine.open(key, request, events.put_nowait)
     if drafts:
-        await engine.deliver(key, Draft(0, len(PROMPT), tuple(drafts)))
+        await engine.deliver(key, Draft(0, len(PROMPT), tuple(drafts)), time.monotonic())
     text: list[int] = []
     started_s, before = 0.0, engine.stats()
     while True:

@@ -8,6 +8,7 @@ what the scheduler decides comes back as `Opened` and `Verdict`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -15,6 +16,7 @@ import time
 from vllm.sampling_params import SamplingParams as VLLMSamplingParams
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from cloud_server.config import EngineConfig
@@ -37,6 +39,8 @@ class VLLMEngine:
         self._sinks: dict[str, EngineSink] = {}
         self._stats = EngineStats()
         self._pump: asyncio.Task[None] | None = None
+        self._deliveries: list[Delivery] = []  # of this turn of the event loop
+        self._sending: asyncio.Task[None] | None = None
         self._dead = False
 
     async def start(self) -> ModelCard:
@@ -89,25 +93,35 @@ class VLLMEngine:
             )
         )
 
-    async def deliver(self, session_key: str, draft: Draft) -> None:
-        client = self._alive()
+    async def deliver(self, session_key: str, draft: Draft, arrived_s: float) -> None:
+        self._alive()
         if session_key not in self._sinks:
             return
-        await client.add_request_async(
-            EngineCoreRequest(
-                request_id=session_key,
-                prompt_token_ids=[0],  # not looked at; the draft is in the envelope
+        self._deliveries.append(Delivery(session_key, draft, arrived_s))
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send_deliveries(), name="deliveries")
+
+    async def _send_deliveries(self) -> None:
+        """One message for the drafts of all sessions that spoke in the same turn of the loop.
+
+        A message costs the engine several times what a draft in it does. An Open is sent at once,
+        so it is always ahead of its session's drafts.
+        """
+        while self._deliveries and self._client is not None:
+            deliveries, self._deliveries = self._deliveries, []
+            request = EngineCoreRequest(
+                request_id="deliveries",
+                prompt_token_ids=[0],  # not looked at; the drafts are in the envelope
                 mm_features=None,
-                sampling_params=VLLMSamplingParams(
-                    max_tokens=1, extra_args=wrap(Delivery(draft, time.monotonic()))
-                ),
+                sampling_params=VLLMSamplingParams(max_tokens=1, extra_args=wrap(deliveries)),
                 pooling_params=None,
                 arrival_time=0.0,
                 lora_request=None,
                 cache_salt=None,
                 data_parallel_rank=None,
             )
-        )
+            with contextlib.suppress(EngineDeadError):  # `_read_outputs` tells the sessions
+                await self._client.add_request_async(request)
 
     async def abort(self, session_key: str) -> None:
         if self._sinks.pop(session_key, None) is None or self._client is None or self._dead:

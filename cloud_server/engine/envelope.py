@@ -4,7 +4,7 @@ vLLM's messages are fixed structs with one free-form field each way; the values 
 those. They are pickled: both ends are our own processes, started from the same code, over
 sockets in a private directory.
 
-    client    --Open, Draft-->         scheduler   SamplingParams.extra_args
+    client    --Open, Deliveries-->    scheduler   SamplingParams.extra_args
     scheduler --VerificationStep-->    worker      attribute of SchedulerOutput
     worker    --StepOutcome-->         scheduler   attribute of ModelRunnerOutput
     scheduler --EngineEvents-->        client      EngineCoreOutput.kv_transfer_params
@@ -28,8 +28,9 @@ _KEY = "picospec"
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A Draft and when it reached the cloud, on the host's monotonic clock."""
+    """A Draft for a session, and when it reached the cloud, on the host's monotonic clock."""
 
+    session_key: str
     draft: Draft
     arrived_s: float
 
@@ -65,7 +66,7 @@ class StepOutcome:
     sampling_s: float = 0.0
 
 
-def wrap(value: Open | Delivery | Sequence[EngineEvent] | EngineStats) -> dict[str, Any]:
+def wrap(value: Open | Sequence[Delivery] | Sequence[EngineEvent] | EngineStats) -> dict[str, Any]:
     return {_KEY: pickle.dumps(value, pickle.HIGHEST_PROTOCOL)}
 
 

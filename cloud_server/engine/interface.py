@@ -48,8 +48,12 @@ class VerificationEngine(Protocol):
         """
         ...
 
-    async def deliver(self, session_key: str, draft: Draft) -> None:
-        """Hand drafts to an open session, in order. Unknown (finished) sessions ignore them."""
+    async def deliver(self, session_key: str, draft: Draft, arrived_s: float) -> None:
+        """Hand drafts to an open session, in order. Unknown (finished) sessions ignore them.
+
+        `arrived_s` is when the frame reached the cloud (time.monotonic); Verdict.queue_us counts
+        from it.
+        """
         ...
 
     async def abort(self, session_key: str) -> None:

@@ -103,8 +103,9 @@ class VerificationScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
         value = unwrap(params.extra_args if params is not None else None)
-        if isinstance(value, Delivery):
-            self._deliver(request.request_id, value)
+        if isinstance(value, list):
+            for delivery in value:
+                self._deliver(delivery)
             return
         super().add_request(request)
         if isinstance(value, Open):
@@ -118,8 +119,8 @@ class VerificationScheduler(Scheduler):
                 ),
             )
 
-    def _deliver(self, request_id: str, delivery: Delivery) -> None:
-        session = self._sessions.get(request_id)
+    def _deliver(self, delivery: Delivery) -> None:
+        session = self._sessions.get(delivery.session_key)
         if session is None:
             return  # finished or aborted meanwhile
         stale = session.queue.stale_tokens

@@ -88,7 +88,7 @@ class ScriptedEngine:
         self.opened.append((session_key, request))
         self._sequences[session_key] = _Sequence(self, session_key, request, sink)
 
-    async def deliver(self, session_key: str, draft: Draft) -> None:
+    async def deliver(self, session_key: str, draft: Draft, arrived_s: float) -> None:
         self._check_alive()
         self.delivered.append((session_key, draft))
         if (sequence := self._sequences.get(session_key)) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -282,11 +283,11 @@ async def test_aborted_sessions_free_their_memory(tiny_engine: VLLMEngine) -> No
 
 
 async def test_late_and_unknown_deliveries_are_ignored(tiny_engine: VLLMEngine) -> None:
-    await tiny_engine.deliver("never-opened", Draft(0, 5, (1,)))
+    await tiny_engine.deliver("never-opened", Draft(0, 5, (1,)), time.monotonic())
     session = _Held(tiny_engine, "late")
     await session.open()
     await session.close()
-    await tiny_engine.deliver("late", Draft(0, 6, (1,)))
+    await tiny_engine.deliver("late", Draft(0, 6, (1,)), time.monotonic())
     await tiny_engine.abort("late")
     outcome = await generate(
         tiny_engine, PROMPT, no_drafts, mode=COUPLED, max_tokens=3, sampling=GREEDY
@@ -328,7 +329,7 @@ class _Held:
 
     async def ask(self) -> None:
         position = len(self._prompt) + len(self.token_ids)
-        await self._engine.deliver(self._key, Draft(0, position, probe=1))
+        await self._engine.deliver(self._key, Draft(0, position, probe=1), time.monotonic())
         await self._next()
 
     async def _next(self) -> None:

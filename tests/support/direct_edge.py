@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -148,9 +149,7 @@ class _Edge:
             if token is not None:
                 return token
             self._epoch += 1
-            await self._engine.deliver(
-                self.key, Draft(self._epoch, position, probe=attempt + 2, end_of_round=True)
-            )
+            await self._deliver(Draft(self._epoch, position, probe=attempt + 2, end_of_round=True))
             verdict = await self._verdict()
             assert verdict.rejection is not None
             rejection = verdict.rejection
@@ -171,8 +170,7 @@ class _Edge:
             chain.append((token, law))
             context = [*context, token]
         self._epoch += 1
-        await self._engine.deliver(
-            self.key,
+        await self._deliver(
             Draft(
                 self._epoch,
                 base,
@@ -183,10 +181,13 @@ class _Edge:
                 num_forced=len(forced),
                 end_of_round=True,
                 probe=0 if chain or forced else 1,
-            ),
+            )
         )
         if forced and not chain:
             # The recovered token alone is not judged: ask for the next position.
             self._epoch += 1
-            await self._engine.deliver(self.key, Draft(self._epoch, len(context), probe=1))
+            await self._deliver(Draft(self._epoch, len(context), probe=1))
         return chain
+
+    async def _deliver(self, draft: Draft) -> None:
+        await self._engine.deliver(self.key, draft, time.monotonic())

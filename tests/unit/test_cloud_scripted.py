@@ -18,7 +18,7 @@ async def events_of(engine: ScriptedEngine, *frames: Draft, **changes: object) -
     await engine.open("s1", an_open(**changes), events.append)
     for frame in frames:
         await asyncio.sleep(0.01)
-        await engine.deliver("s1", frame)
+        await engine.deliver("s1", frame, 0.0)
     await asyncio.sleep(0.01)
     return events
 
@@ -75,7 +75,7 @@ async def test_aborted_sessions_are_silent() -> None:
     await engine.open("s1", an_open(), events.append)
     await engine.abort("s1")
     await engine.abort("s1")
-    await engine.deliver("s1", Draft(0, 4, (1,)))
+    await engine.deliver("s1", Draft(0, 4, (1,)), 0.0)
     await asyncio.sleep(0.02)
     assert events == []
     assert engine.sessions == 0
