@@ -15,9 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+# The drafter is restarted while gRPC runs, whose fork handlers crash the child now and then.
+# Read when gRPC is imported; without them fork and exec is safe.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
 
