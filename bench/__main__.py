@@ -73,7 +73,7 @@ def status(result: Result) -> int:
     differing = [
         f"{each.condition.name}, rtt {each.condition.rtt_ms:g} ms, prompt {record.prompt_id}: "
         f"differs from stock vLLM at token {record.first_difference}"
-        for each, record in result.greedy
+        for each, record in result.compared
         if record.first_difference is not None
     ]
     for problem in failed + differing:

@@ -131,7 +131,7 @@ def _preamble(result: Result) -> str:
 
 
 def _lossless(result: Result) -> Iterator[str]:
-    texts = result.greedy
+    texts = result.compared
     if not texts:
         return
     equal = sum(record.first_difference is None for _, record in texts)

@@ -38,7 +38,8 @@ class Record:
     queue_us: float = 0.0  # a verdict's mean wait in the cloud
     compute_us: float = 0.0  # a verdict's mean forward and sampling
     draft_ms: float = 0.0  # the drafter's time for a token, rolled back ones included
-    first_difference: int | None = None  # greedy: where the text leaves the baseline's
+    compared: bool = False  # greedy: with the baseline's text on this prompt
+    first_difference: int | None = None  # where it leaves that text; None: nowhere
     error: str = ""  # why there is no result
 
     @property
@@ -124,15 +125,14 @@ class Result:
                     yield group, result
 
     @property
-    def greedy(self) -> list[tuple[ConditionResult, Record]]:
-        """Generations whose text must be the baseline's. The drafter alone owes it nothing."""
+    def compared(self) -> list[tuple[ConditionResult, Record]]:
+        """Generations whose text must be the baseline's; its own second one is among them."""
         return [
-            (result, record)
-            for _, result in self.find(
-                lambda each: each.temperature == 0.0 and each.system is not System.EDGE_ONLY
-            )
-            if not result.baseline
-            for record in result.complete
+            (each, record)
+            for group in self.groups
+            for each in group.conditions
+            for record in each.records
+            if record.compared
         ]
 
     def save(self, path: Path) -> None:

@@ -150,12 +150,12 @@ class _Run:
                 prompt.prompt.id, prompt.token_ids, group.max_tokens, SEED + repetition, order
             )
             record = await generate(self._bed, condition, task)
-            if reference is None:
-                reference = record.token_ids
-            elif not record.error and owes_baseline(condition):
-                record = replace(
-                    record, first_difference=first_difference(record.token_ids, reference)
-                )
+            if not record.error and owes_baseline(condition):
+                if reference is not None:
+                    difference = first_difference(record.token_ids, reference)
+                    record = replace(record, compared=True, first_difference=difference)
+                elif result is baseline:
+                    reference = record.token_ids
             result.records.append(record)
             self._say(f"  {group.name:<14} {condition.name:<48} {_line(record)}")
 
