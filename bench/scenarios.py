@@ -164,7 +164,7 @@ def full() -> Suite:
     rtts = [
         group(
             f"RTT {rtt_ms:g} ms", (rtt_ms, None, 0.0), _systems_at(rtt_ms),
-            num_prompts=5, max_tokens=48,
+            num_prompts=6, max_tokens=48,
         )
         for rtt_ms in RTTS_MS
     ]  # fmt: skip
@@ -190,7 +190,7 @@ def full() -> Suite:
             ),
         ),
         budget_min=60.0,
-        cost_cycles=6,
+        cost_cycles=10,
     )  # fmt: skip
 
 
