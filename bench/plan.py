@@ -46,7 +46,7 @@ def estimate(suite: Suite) -> list[Estimate]:
 
 def total_s(suite: Suite) -> float:
     groups_s = sum(each.seconds for each in estimate(suite))
-    return STARTUP_S + suite.cost_cycles * COST_CYCLE_S + groups_s
+    return STARTUP_S + (suite.cost_cycles + 1) * COST_CYCLE_S + groups_s
 
 
 def repetition_s(group: Group) -> float:

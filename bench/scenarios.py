@@ -212,7 +212,7 @@ def quick() -> Suite:
             ),
         ),
         budget_min=5.0,
-        cost_cycles=1,
+        cost_cycles=2,
     )  # fmt: skip
 
 
