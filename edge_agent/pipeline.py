@@ -296,6 +296,7 @@ class SpeculativeGeneration:
                 self._observer.resumed()
             return
         stats.verdicts += 1
+        stats.forwards += frame.num_forwards
         stats.drafted_tokens += frame.num_draft_tokens
         stats.accepted_tokens += frame.num_accepted
         self._observer.verdict(frame)

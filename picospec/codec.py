@@ -75,6 +75,7 @@ def encode_edge(frame: EdgeFrame) -> pb.GenerateRequest:
                     num_forced=frame.num_forced,
                     end_of_round=frame.end_of_round,
                     probe=frame.probe,
+                    step_limit=frame.step_limit,
                 )
             )
         case Open():
@@ -97,6 +98,7 @@ def decode_edge(message: pb.GenerateRequest) -> EdgeFrame:
                 num_forced=draft.num_forced,
                 end_of_round=draft.end_of_round,
                 probe=draft.probe,
+                step_limit=draft.step_limit,
             )
         case "open":
             return _decode_open(message.open)
@@ -123,6 +125,7 @@ def encode_cloud(frame: CloudFrame) -> pb.GenerateResponse:
                     num_draft_tokens=frame.num_draft_tokens,
                     queue_us=frame.queue_us,
                     compute_us=frame.compute_us,
+                    num_forwards=frame.num_forwards,
                 )
             )
         case Opened():
@@ -154,6 +157,7 @@ def decode_cloud(message: pb.GenerateResponse) -> CloudFrame:
                 num_draft_tokens=verdict.num_draft_tokens,
                 queue_us=verdict.queue_us,
                 compute_us=verdict.compute_us,
+                num_forwards=verdict.num_forwards,
             )
         case "opened":
             opened = message.opened

@@ -256,7 +256,7 @@ class EdgeSession:
         if accepted + len(verdict.token_ids) > self._length_max - self.position:
             raise RemoteProtocolError("More tokens than were asked for", "verdict.token_ids")
         # The last position may leave the cloud no room to verify a draft.
-        last = verdict.finish_reason is not None and not accepted
+        last = verdict.finish_reason is not None
         if self._split and verdict.token_ids and not self._awaits_first and not last:
             raise RemoteOrderError("In split mode the edge recovers", "verdict.token_ids")
         if verdict.rejection is not None and self._asked is None and accepted >= self.in_flight:

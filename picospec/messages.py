@@ -122,6 +122,7 @@ class Draft:
     num_forced: int = 0
     end_of_round: bool = False
     probe: int = 0
+    step_limit: int = 0  # most drafts judged by one forward from now on; 0: as before
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class Opened:
 class Rejection:
     """P at the rejected position: its Top-K set S, the tail's mass, one draw from the tail."""
 
-    token_ids: TokenArray  # [k] most probable first
+    token_ids: TokenArray  # [k] most probable first, or all in order of the ids
     probs: ProbArray  # [k]
     tail_mass: float = 0.0
     tail_token_id: int = 0
@@ -169,6 +170,7 @@ class Verdict:
     num_draft_tokens: int = 0
     queue_us: int = 0
     compute_us: int = 0
+    num_forwards: int = 0  # of the target since the last verdict
 
 
 EdgeFrame = Open | Draft | Finish

@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from cloud_server.engine.interface import EngineEvent, EngineStats
 from cloud_server.engine.verification import StepKind, StepResult
 from picospec.errors import NumericalError
@@ -43,6 +45,7 @@ class StepPlan:
     position: int  # of the first logits row
     draft_probs: tuple[float, ...] = ()  # split, one for each draft
     attempt: int = 0  # number of the tail sample, for a probe
+    keep_row: bool = False  # hand out the row after the last draft, if all are accepted
 
 
 @dataclass(slots=True)
@@ -62,6 +65,7 @@ class StepOutcome:
     """What the worker decided, and what it took: the forward with its logits, and the judging."""
 
     results: dict[str, StepResult | NumericalError] = field(default_factory=dict)
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)  # each [1, vocab_size]
     forward_s: float = 0.0
     sampling_s: float = 0.0
 

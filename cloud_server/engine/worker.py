@@ -61,12 +61,8 @@ class VerificationRunner:
             request: Open | None = unwrap(new.sampling_params and new.sampling_params.extra_args)
             if request is not None:  # vLLM's warm-up requests have none
                 self._opens[new.req_id] = request
-                self._laws[new.req_id] = VerificationLaw(
-                    mode=request.mode,
-                    sampling=request.sampling,
-                    exact=request.exact,
-                    sparse_k=request.sparse_k,
-                    logits_width=self.model_config.get_vocab_size(),
+                self._laws[new.req_id] = VerificationLaw.of(
+                    request, self.model_config.get_vocab_size()
                 )
         for request_id, token_ids in self._step.forced.items():
             self._append(request_id, token_ids)
@@ -148,6 +144,8 @@ class VerificationRunner:
             self._outcome.results[request_id] = error
             return []
         self._outcome.results[request_id] = result
+        if plan.keep_row and result.rejection is None and not result.token_ids:
+            self._outcome.rows[request_id] = rows[result.num_accepted :].clone()
         return [*drafts[: result.num_accepted], *result.token_ids]
 
     def _history(self, request_id: str, position: int) -> tuple[TokenArray, TokenArray]:
