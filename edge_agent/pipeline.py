@@ -24,6 +24,7 @@ from edge_agent.drafting.messages import (
     Drafted,
     DraftEvent,
     Exhausted,
+    Paused,
     ProbeNeeded,
     Recovered,
 )
@@ -115,6 +116,7 @@ class SpeculativeGeneration:
         self._committed: list[int] = []  # not yet taken by the reader
         self._reason: FinishReason | None = None
         self._error: PicoSpecError | None = None
+        self._timer: asyncio.TimerHandle | None = None  # for the session's deadline
         self._news = asyncio.Event()  # for the reader
         self._closed = False
 
@@ -150,6 +152,7 @@ class SpeculativeGeneration:
             if self._reason is not None:
                 await asyncio.wait({self._task}, timeout=2 * LAST_WORDS_S)
         finally:  # also when the reader is cancelled meanwhile
+            self._stop_timer()
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
@@ -187,6 +190,7 @@ class SpeculativeGeneration:
                 prompt_length=len(request.prompt_token_ids),
                 max_length=len(request.prompt_token_ids) + request.max_tokens,
                 logits_width=card.logits_width,
+                confidence_stop=self._policy.confidence_stop,
             ),
             self._on_draft_event,
         )
@@ -197,10 +201,18 @@ class SpeculativeGeneration:
 
     def _on_draft_event(self, event: DraftEvent) -> None:
         """Called on the event loop, between any two other inputs of the session."""
+        self._guarded(lambda: self._hear(event))
+
+    def _on_deadline(self) -> None:
+        self._timer = None
+        self._guarded(lambda: self._session.tick(self._now()))
+
+    def _guarded(self, cause: Callable[[], list[Effect]]) -> None:
+        """Carry out what follows from `cause`; whatever it raises ends the generation."""
         if self._error is not None or self._closed:
             return
         try:
-            self._execute(self._hear(event))
+            self._execute(cause())
         except PicoSpecError as error:
             self._fail(error)
         except Exception as error:
@@ -215,6 +227,8 @@ class SpeculativeGeneration:
                 return session.drafted(branch, position, token_ids, probs, now)
             case Exhausted(branch, position):
                 return session.exhausted(branch, position, now)
+            case Paused(branch, position):
+                return session.paused(branch, position, now)
             case Recovered(branch, position, token_id):
                 return session.recovered(branch, position, token_id, now)
             case ProbeNeeded(branch, position, attempt):
@@ -331,6 +345,19 @@ class SpeculativeGeneration:
                     self._context.close()
                     self._stream_opened.set()
                     self._news.set()
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        deadline = self._session.deadline
+        if self._timer is not None and self._timer.when() != deadline:
+            self._stop_timer()
+        if deadline is not None and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_at(deadline, self._on_deadline)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _fail(self, error: PicoSpecError) -> None:
         """End the generation with `error`, unless it has ended."""

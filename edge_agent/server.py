@@ -74,12 +74,18 @@ def drafter_state(drafting: DraftingProcess) -> DrafterState:
     return DrafterState(drafting.alive, drafting.restarts, drafting.open_contexts)
 
 
-def check_card(card: ModelCard, tokenizer: Tokenizer, mode: VerificationMode) -> None:
+def check_card(card: ModelCard, tokenizer: Tokenizer, policy: SpeculationPolicy) -> None:
     """Raises ModelMismatch unless this edge can speculate for that cloud."""
     tokenizer.check_pair(card)
-    if mode not in card.modes:
+    if policy.mode not in card.modes:
         served = ", ".join(known.value for known in card.modes)
-        raise ModelMismatch(f"speculation.mode is {mode.value!r}; the cloud serves {served}")
+        raise ModelMismatch(f"speculation.mode is {policy.mode.value!r}; the cloud serves {served}")
+    dense = policy.mode is VerificationMode.SPLIT and not policy.split_rejection
+    if dense and card.limits.max_sparse_k < card.logits_width:
+        raise ModelMismatch(
+            "speculation.split_rejection is false, for which the cloud's engine.max_sparse_k "
+            f"({card.limits.max_sparse_k}) must be at least its logits width ({card.logits_width})"
+        )
 
 
 class EdgeServer:
@@ -126,15 +132,16 @@ class EdgeServer:
                 connect_timeout_s=cloud.connect_timeout_s,
             )
             stack.push_async_callback(link.close)
+            policy = policy_of(config)
             metrics = EdgeMetrics(lambda: drafter_state(drafting), lambda: link.open_streams)
             watch = ModelWatch(
                 link.get_model,
-                lambda card: check_card(card, self._tokenizer, config.speculation.mode),
+                lambda card: check_card(card, self._tokenizer, policy),
                 timeout_s=cloud.connect_timeout_s,
                 poll_interval_s=cloud.poll_interval_s,
                 on_reachable=metrics.cloud_reachable,
             )
-            generator = SpeculativeGenerator(link, drafting, watch.card, policy_of(config), metrics)
+            generator = SpeculativeGenerator(link, drafting, watch.card, policy, metrics)
             host = EdgeHost(self._tokenizer, generator, watch, drafting)
             watching = asyncio.create_task(watch.run(), name="model-watch")
             stack.callback(watching.cancel)
@@ -236,6 +243,9 @@ def policy_of(config: EdgeConfig) -> SpeculationPolicy:
         window=speculation.window,
         parallel_draft=speculation.parallel_draft,
         fast_verify=speculation.fast_verify,
+        round_timeout_s=speculation.round_timeout_s,
+        confidence_stop=speculation.confidence_stop,
+        split_rejection=speculation.split_rejection,
         exact=speculation.exact,
         sparse_k=speculation.sparse_k,
         assist=speculation.assist,

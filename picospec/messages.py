@@ -8,7 +8,7 @@ arrays that may be long are read-only numpy arrays (int32 token ids, float32 pro
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,7 +122,8 @@ class Draft:
     num_forced: int = 0
     end_of_round: bool = False
     probe: int = 0
-    step_limit: int = 0  # most drafts judged by one forward from now on; 0: as before
+    # Most drafts judged by one forward from now on, 0: as before. How, not what: not compared.
+    step_limit: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
