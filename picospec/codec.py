@@ -326,7 +326,7 @@ def _decode_open(message: pb.Open) -> Open:
 
 def _encode_rejection(rejection: Rejection) -> pb.Rejection:
     return pb.Rejection(
-        token_ids=_token_bytes(rejection.token_ids),
+        token_ids=() if _is_range(rejection.token_ids) else rejection.token_ids.tolist(),
         probs=np.asarray(rejection.probs, _WIRE_PROB).tobytes(),
         tail_mass=rejection.tail_mass,
         tail_token_id=rejection.tail_token_id,
@@ -335,13 +335,21 @@ def _encode_rejection(rejection: Rejection) -> pb.Rejection:
 
 
 def _decode_rejection(message: pb.Rejection) -> Rejection:
+    probs = _floats(message.probs, "verdict.rejection.probs")
+    token_ids = np.array(message.token_ids, np.uint32).view(np.int32)
     return Rejection(
-        token_ids=_tokens(message.token_ids, "verdict.rejection.token_ids"),
-        probs=_floats(message.probs, "verdict.rejection.probs"),
+        token_ids=token_ids if len(token_ids) else np.arange(len(probs), dtype=np.int32),
+        probs=probs,
         tail_mass=message.tail_mass,
         tail_token_id=message.tail_token_id,
         tail_prob=message.tail_prob,
     )
+
+
+def _is_range(token_ids: TokenArray) -> bool:
+    """Whether these are the ids from 0 on, in order: a law given whole."""
+    size = len(token_ids)
+    return token_ids[-1] == size - 1 and bool((token_ids == np.arange(size)).all())
 
 
 def _token_bytes(token_ids: TokenArray) -> bytes:
