@@ -38,6 +38,7 @@ from picospec.v1 import speculation_pb2 as pb
 # negative number, which validation refuses, for the others.
 _WIRE_TOKEN = np.dtype("<i4")
 _WIRE_PROB = np.dtype("<f4")
+_NARROW_TOKEN = np.dtype("<u2")
 
 _MODES = {
     pb.VERIFICATION_MODE_SPLIT: VerificationMode.SPLIT,
@@ -326,7 +327,7 @@ def _decode_open(message: pb.Open) -> Open:
 
 def _encode_rejection(rejection: Rejection) -> pb.Rejection:
     return pb.Rejection(
-        token_ids=() if _is_range(rejection.token_ids) else rejection.token_ids.tolist(),
+        token_ids=_law_token_bytes(rejection.token_ids),
         probs=np.asarray(rejection.probs, _WIRE_PROB).tobytes(),
         tail_mass=rejection.tail_mass,
         tail_token_id=rejection.tail_token_id,
@@ -336,9 +337,8 @@ def _encode_rejection(rejection: Rejection) -> pb.Rejection:
 
 def _decode_rejection(message: pb.Rejection) -> Rejection:
     probs = _floats(message.probs, "verdict.rejection.probs")
-    token_ids = np.array(message.token_ids, np.uint32).view(np.int32)
     return Rejection(
-        token_ids=token_ids if len(token_ids) else np.arange(len(probs), dtype=np.int32),
+        token_ids=_law_tokens(message.token_ids, len(probs), "verdict.rejection.token_ids"),
         probs=probs,
         tail_mass=message.tail_mass,
         tail_token_id=message.tail_token_id,
@@ -346,10 +346,21 @@ def _decode_rejection(message: pb.Rejection) -> Rejection:
     )
 
 
-def _is_range(token_ids: TokenArray) -> bool:
-    """Whether these are the ids from 0 on, in order: a law given whole."""
+def _law_token_bytes(token_ids: TokenArray) -> bytes:
+    """The ids of a law as briefly as they can be packed; none for 0, 1, 2 ..."""
     size = len(token_ids)
-    return token_ids[-1] == size - 1 and bool((token_ids == np.arange(size)).all())
+    if token_ids[-1] == size - 1 and (token_ids == np.arange(size)).all():
+        return b""
+    narrow = int(token_ids.max()) <= np.iinfo(_NARROW_TOKEN).max
+    return token_ids.astype(_NARROW_TOKEN if narrow else _WIRE_TOKEN, copy=False).tobytes()
+
+
+def _law_tokens(data: bytes, size: int, field: str) -> TokenArray:
+    if not data:
+        return np.arange(size, dtype=np.int32)
+    if len(data) == size * _NARROW_TOKEN.itemsize:
+        return np.frombuffer(data, _NARROW_TOKEN).astype(np.int32)
+    return _tokens(data, field)
 
 
 def _token_bytes(token_ids: TokenArray) -> bytes:

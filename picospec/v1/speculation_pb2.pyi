@@ -187,12 +187,12 @@ class Rejection(_message.Message):
     TAIL_MASS_FIELD_NUMBER: _ClassVar[int]
     TAIL_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TAIL_PROB_FIELD_NUMBER: _ClassVar[int]
-    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: bytes
     probs: bytes
     tail_mass: float
     tail_token_id: int
     tail_prob: float
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., probs: _Optional[bytes] = ..., tail_mass: _Optional[float] = ..., tail_token_id: _Optional[int] = ..., tail_prob: _Optional[float] = ...) -> None: ...
+    def __init__(self, token_ids: _Optional[bytes] = ..., probs: _Optional[bytes] = ..., tail_mass: _Optional[float] = ..., tail_token_id: _Optional[int] = ..., tail_prob: _Optional[float] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("epoch", "position", "num_accepted", "token_ids", "rejection", "finish_reason", "num_draft_tokens", "queue_us", "compute_us", "num_forwards")
