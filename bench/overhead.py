@@ -2,6 +2,7 @@
 
     engine    a step of the engine outside forward and sampling
     delivery  from a Draft's arrival in the gRPC process to the step that takes it
+    codec     frames to bytes and back, against the same with lists in between
     pipeline  the edge's own time for each drafted token over the bare drafter's
     bytes     on the wire for each output token, HTTP/2 framing included
 

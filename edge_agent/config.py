@@ -118,7 +118,7 @@ class SpeculationConfig:
         4, "drafts of one round", check=lambda v: 1 <= v <= 64, allowed="1..64"
     )
     window: int = setting(
-        16, "most unverified tokens in flight", check=lambda v: 1 <= v <= 1024, allowed="1..1024"
+        32, "most unverified tokens in flight", check=lambda v: 1 <= v <= 1024, allowed="1..1024"
     )
     parallel_draft: bool = setting(True, "draft on while verdicts are under way")
     fast_verify: bool = setting(True, "send each draft at once instead of whole rounds")

@@ -23,7 +23,7 @@ class SpeculationPolicy:
 
     mode: VerificationMode = VerificationMode.SPLIT
     draft_length: int = 4  # tokens a round
-    window: int = 16  # most unverified tokens
+    window: int = 32  # most unverified tokens
     parallel_draft: bool = True  # off: draft a round, wait for its verdict (vanilla)
     fast_verify: bool = True  # off: whole rounds travel and are verified as one
     round_timeout_s: float = 0.0  # whole rounds: longest wait for one to fill; 0 = no limit
