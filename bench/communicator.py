@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,11 +34,11 @@ def measure_codec(repeats: int) -> dict[str, dict[str, float]]:
         listed = _list(rejection)
         rows[f"K = {size or LOGITS_WIDTH}"] = {
             "bytes": len(packed),
-            "encode_us": _median_us(lambda given=rejection: _pack(given), repeats),
-            "decode_us": _median_us(lambda given=packed: codec.cloud_from_bytes(given), repeats),
+            "encode_us": _median_us(partial(_pack, rejection), repeats),
+            "decode_us": _median_us(partial(codec.cloud_from_bytes, packed), repeats),
             "list_bytes": len(listed),
-            "list_encode_us": _median_us(lambda given=rejection: _list(given), repeats),
-            "list_decode_us": _median_us(lambda given=listed: _unlist(given), repeats),
+            "list_encode_us": _median_us(partial(_list, rejection), repeats),
+            "list_decode_us": _median_us(partial(_unlist, listed), repeats),
         }
     return rows
 

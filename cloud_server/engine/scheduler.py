@@ -39,6 +39,7 @@ from cloud_server.engine.envelope import (
     wrap,
 )
 from cloud_server.engine.interface import EngineEvent, EngineStats
+from cloud_server.engine.step_padding import Padding
 from cloud_server.engine.verification import StepKind, StepResult, VerificationLaw
 from picospec.draft_queue import DraftQueue
 from picospec.errors import NumericalError
@@ -62,6 +63,7 @@ class VerificationScheduler(Scheduler):
         self._sessions: dict[str, EngineSession] = {}
         self._events: dict[int, list[EngineCoreOutput]] = {}  # to send with the next outputs
         self._flushed = False  # the last step was empty, for the sake of the events
+        self._padding: Padding = {}  # the worker tells with its first step
         # With more workers than this process holds, rows would have to travel.
         self._keep_rows = self.vllm_config.parallel_config.world_size == 1
         self._step_started_s = 0.0
@@ -204,7 +206,10 @@ class VerificationScheduler(Scheduler):
             return self._empty_step()
         self._flushed = False
         self._step_idle = self._idle()
-        held = [session for session in self._running_sessions() if not self._plan(session)]
+        running = self._running_sessions()
+        held = [session for session in running if not self._plan(session)]
+        if self._padding:
+            self._pad([session for session in running if session not in held])
         self._make_room(held)
         output = super().schedule(*args, **kwargs)
         output.picospec = self._describe(output)  # type: ignore[attr-defined]
@@ -269,6 +274,23 @@ class VerificationScheduler(Scheduler):
             request.spec_token_ids = list(session.work.token_ids)
         return True
 
+    def _pad(self, sessions: list[EngineSession]) -> None:
+        """Fill the coming step up, if it is one of few tokens and the table says so."""
+        if not sessions or self.waiting or any(session.prefilling for session in sessions):
+            return
+        requests = [session.request for session in sessions]
+        num_tokens = sum(1 + len(request.spec_token_ids) for request in requests)
+        num_extra = self._padding.get(num_tokens, num_tokens) - num_tokens
+        for request in requests:
+            length = request.num_tokens + len(request.spec_token_ids)
+            room = min(
+                self._max_draft_tokens - len(request.spec_token_ids),
+                self.max_model_len - 1 - length,
+            )
+            if 0 < num_extra <= room:
+                request.spec_token_ids = request.spec_token_ids + [0] * num_extra
+                return
+
     def _room(self, request: Request) -> int:
         """Most drafts that the request's remaining length can use in one step."""
         return min(
@@ -318,8 +340,9 @@ class VerificationScheduler(Scheduler):
                 step.forced[request_id] = session.unseen_forced
                 session.unseen_forced = []
             if not session.request.is_prefill_chunk:
-                num_drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
-                plan = self._plan_rows(session, num_drafts)
+                num_scheduled = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+                num_drafts = len(session.work.token_ids) if session.work is not None else 0
+                plan = self._plan_rows(session, min(num_drafts, num_scheduled))
                 if plan is not None:
                     step.plans[request_id] = plan
         return step
@@ -333,6 +356,7 @@ class VerificationScheduler(Scheduler):
             return StepPlan(
                 StepKind.DRAFTS,
                 position,
+                num_drafts,
                 work.draft_probs[:num_drafts],
                 keep_row=session.keeps_rows,
             )
@@ -364,6 +388,8 @@ class VerificationScheduler(Scheduler):
             for request_id in scheduler_output.num_scheduled_tokens
             if request_id in self._sessions
         }
+        if outcome.padding is not None:
+            self._padding = outcome.padding
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         emitted = {
             output.request_id: output for group in outputs.values() for output in group.outputs
@@ -381,15 +407,8 @@ class VerificationScheduler(Scheduler):
                 self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
                 self._emit(request, [result])
             elif result is not None and request.status != RequestStatus.FINISHED_ABORTED:
-                drafts = scheduler_output.scheduled_spec_decode_tokens.get(request_id, [])
-                self._conclude(
-                    session,
-                    step.plans[request_id],
-                    result,
-                    emitted.get(request_id),
-                    num_drafts=len(drafts),
-                    compute_us=compute_us,
-                )
+                plan = step.plans[request_id]
+                self._conclude(session, plan, result, emitted.get(request_id), compute_us)
         for client_index, events in self._events.items():
             group = outputs.setdefault(client_index, EngineCoreOutputs())
             group.outputs = [*group.outputs, *events]
@@ -410,8 +429,6 @@ class VerificationScheduler(Scheduler):
         plan: StepPlan,
         result: StepResult,
         output: EngineCoreOutput | None,
-        *,
-        num_drafts: int,
         compute_us: int,
     ) -> None:
         """Make the session's Verdict from what vLLM committed (it cuts at a stop token).
@@ -425,7 +442,7 @@ class VerificationScheduler(Scheduler):
         num_accepted = min(result.num_accepted, len(token_ids))
         work, session.work = session.work, None
         num_by_row, session.num_by_row = session.num_by_row, 0
-        num_judged = num_by_row + num_drafts
+        num_judged = num_by_row + plan.num_drafts
         rejection = result.rejection if finish_reason is None else None
         if token_ids and finish_reason is None and len(token_ids) > num_accepted:
             session.extended()
@@ -433,7 +450,9 @@ class VerificationScheduler(Scheduler):
             return  # a recovered token was forwarded, for its row
         queue_us = 0
         if num_judged:
-            arrived_s = work.arrived_s if work is not None and num_drafts else session.arrived_s
+            arrived_s = (
+                work.arrived_s if work is not None and plan.num_drafts else session.arrived_s
+            )
             queue_us = max(0, int((self._step_started_s - arrived_s) * 1e6))
         verdict = Verdict(
             epoch=session.queue.epoch,
