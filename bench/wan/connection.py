@@ -11,8 +11,9 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import cast
 
 LINGER_NOT = struct.pack("ii", 1, 0)  # close with a reset
 
@@ -40,7 +41,10 @@ class Parcel:
 
 
 class _End(asyncio.Protocol):
-    """One of the two sockets. Says what it hears, nothing before `listen`."""
+    """One of the two sockets. Says what it hears, and hears as it is told to `listen`.
+
+    On uvloop it may hear a little before: there a new transport cannot be paused.
+    """
 
     def __init__(
         self, buffer_bytes: int, hear: Callable[[bytes | Signal], None], drained: Callable[[], None]
@@ -49,15 +53,14 @@ class _End(asyncio.Protocol):
         self._hear = hear
         self._drained = drained
         self._transport: asyncio.Transport | None = None
-        self._reading = False
         self._heard_all = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.pause_reading()
-        transport.set_write_buffer_limits(self._buffer_bytes)
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its type
+        self.listen(False)
+        self._transport.set_write_buffer_limits(self._buffer_bytes)
+        handle = self._transport.get_extra_info("socket")
+        handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
         self._hear(data)
@@ -82,9 +85,8 @@ class _End(asyncio.Protocol):
     def listen(self, reading: bool) -> None:
         if self._transport is None or self._transport.is_closing():
             return
-        if self._heard_all or reading == self._reading:
+        if self._heard_all or reading == self._transport.is_reading():
             return
-        self._reading = reading
         if reading:
             self._transport.resume_reading()
         else:
@@ -119,6 +121,7 @@ class _Flow:
     sink: _End
     under_way_bytes: int = 0
     open: bool = False  # the handshake has come so far
+    early: list[bytes | Signal] = field(default_factory=list)  # heard before
     finished: bool = False
 
 
@@ -190,7 +193,7 @@ class Connection:
         other = Direction.DOWN if direction is Direction.UP else Direction.UP
         return _End(
             self._buffer_bytes // 2,
-            lambda content: self._dispatch(direction, content),
+            lambda content: self._heard(direction, content),
             lambda: self._admit(other),
         )
 
@@ -201,6 +204,14 @@ class Connection:
             part(self.far)
             self._over(self)
 
+    def _heard(self, direction: Direction, content: bytes | Signal) -> None:
+        flow = self._flows[direction]
+        if flow.open:
+            self._dispatch(direction, content)
+        else:
+            flow.early.append(content)
+            flow.source.listen(False)
+
     def _dispatch(self, direction: Direction, content: bytes | Signal) -> None:
         if self._is_over:
             return
@@ -210,7 +221,11 @@ class Connection:
         self._admit(direction)
 
     def _open(self, direction: Direction) -> None:
-        self._flows[direction].open = True
+        flow = self._flows[direction]
+        flow.open = True
+        early, flow.early = flow.early, []
+        for content in early:
+            self._dispatch(direction, content)
         self._admit(direction)
 
     def _admit(self, direction: Direction) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+import uvloop
 
 from bench.wan import Link
 from tests.support.relay import Relay
@@ -46,6 +47,27 @@ async def test_a_cut_reaches_connections_that_were_not_accepted_yet() -> None:
             relay.cut()
             with pytest.raises(ConnectionResetError):
                 await asyncio.to_thread(client.recv, 1)
+
+
+def test_the_relay_works_on_uvloop() -> None:
+    async def outage() -> None:
+        async with asyncio.timeout(30):
+            await conversation()
+
+    async def conversation() -> None:
+        async with relayed(Link.symmetric(0.01)) as relay:
+            async with connected(relay) as streams:
+                await round_trip_s(streams)
+                assert await round_trip_s(streams, bytes(3 << 20)) >= 0.01
+                relay.cut(0.01)
+                with pytest.raises(ConnectionResetError):
+                    await streams[0].read()
+            await asyncio.sleep(0.05)
+            async with connected(relay) as streams:
+                assert await round_trip_s(streams) >= 0.01
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(outage())
 
 
 async def test_refused_as_long_as_asked_on_the_same_port() -> None:

@@ -141,6 +141,7 @@ def test_cut_by_command(relay: Process) -> None:
         relay.connect()
     relay.tell({"black_hole": False})
     relay.counts()
+    relay.client.close()
     relay.client = relay.connect()
     relay.round_trip_s()
 
