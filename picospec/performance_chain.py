@@ -11,33 +11,6 @@ from dataclasses import dataclass, field
 from picospec.performance_costs import Costs, Link, Scheme
 
 
-@dataclass(frozen=True, slots=True)
-class AcceptedChain:
-    """By place j = 1, 2 ... after the recovered token; time 0 is when the edge has that token."""
-
-    recovered_ms: list[float]  # when it would have the next, had the draft at j been rejected
-    is_free: list[bool]  # coupled: the cloud's bonus token came before a draft for j was made
-
-
-def walk_accepted_chain(costs: Costs, scheme: Scheme, link: Link, num_places: int) -> AcceptedChain:
-    """The first `num_places` places.
-
-    Vanilla speculation, rounds of two, T_d = 10 a token, T_v(2) = 50, RTT = 20: the first round is
-    judged at 20 + 10 + 50 = 80 and known at the edge at 90, the second 90 later.
-
-    >>> from picospec.performance_costs import VerifyCost
-    >>> costs = Costs(10.0, VerifyCost(((0, 40.0), (2, 50.0))))
-    >>> scheme = Scheme(2, 2, parallel_draft=False, fast_verify=False, kept_rows=False)
-    >>> walk_accepted_chain(costs, scheme, Link(rtt_ms=20.0), 4).recovered_ms
-    [90.0, 90.0, 180.0, 180.0]
-    """
-    edge = _Edge(costs, scheme, link)
-    engine = _Engine(costs, scheme, link, edge)
-    while len(engine.recovered_ms) < num_places:
-        engine.step()
-    return AcceptedChain(engine.recovered_ms[:num_places], engine.is_free[:num_places])
-
-
 @dataclass(slots=True)
 class _Edge:
     """The drafter and the uplink. Places count from 1."""
@@ -54,10 +27,12 @@ class _Edge:
     round_end: int = 0  # without parallel drafting: where the round ends
     wire_ms: float = 0.0  # until when the uplink is busy
     head_ms: float = 0.0  # when the recovered token is at the cloud, if it travels alone
+    head_unsent: bool = False  # it travels with the first round
 
     def __post_init__(self) -> None:
-        if self.scheme.split and self.scheme.fast_verify:
-            self.head_ms = self._send(0.0, num_tokens=1)
+        self.head_unsent = self.scheme.split
+        if self.scheme.fast_verify and self.head_unsent:
+            self.head_ms = self._send(0.0, 0)
 
     def draft(self, before_ms: float = float("inf")) -> bool:
         """Draft a token, unless it could not begin before `before_ms`, and send what is due."""
@@ -70,6 +45,11 @@ class _Edge:
         self.last += 1
         self._flush(self.busy_ms)
         return True
+
+    def draft_all(self, before_ms: float) -> None:
+        """All that can begin before."""
+        while self.draft(before_ms):
+            pass
 
     def hear(self, committed: int, now_ms: float) -> bool:
         """Of a verdict. Whether its last token is free: no draft was made for it."""
@@ -103,20 +83,38 @@ class _Edge:
             self.sent += 1
             self.arrival_ms[self.sent] = at_ms
 
-    def _send(self, now_ms: float, num_tokens: int) -> float:
+    def _send(self, now_ms: float, num_drafts: int) -> float:
         """Returns the arrival."""
-        begin_ms = max(now_ms, self.wire_ms)
-        self.wire_ms = begin_ms + self.link.transfer_ms(self.link.up_bytes(num_tokens))
+        num_bytes = self.link.up_bytes(num_drafts + self.head_unsent)
+        self.head_unsent = False
+        self.wire_ms = max(now_ms, self.wire_ms) + self.link.transfer_ms(num_bytes)
         return self.wire_ms + self.link.rtt_ms / 2
 
 
-class _Engine:
-    """The engine's steps, one after the other, and what the edge hears of them."""
+class AcceptedChain:
+    """By place j = 1, 2 ... (index j - 1) after a recovered token, as far as it was walked.
 
-    def __init__(self, costs: Costs, scheme: Scheme, link: Link, edge: _Edge) -> None:
+    Time 0 is when the edge has that token. Vanilla speculation, rounds of two, T_d = 10 a token,
+    T_v(2) = 50, RTT = 20: the first round is judged at 20 + 10 + 50 = 80 and known at the edge at
+    90, the second 90 later.
+
+    >>> from picospec.performance_costs import VerifyCost
+    >>> costs = Costs(10.0, VerifyCost(((0, 40.0), (2, 50.0))))
+    >>> scheme = Scheme(2, 2, parallel_draft=False, fast_verify=False, kept_rows=False)
+    >>> chain = AcceptedChain(costs, scheme, Link(rtt_ms=20.0))
+    >>> chain.step()
+    >>> chain.step()
+    >>> chain.recovered_ms
+    [90.0, 90.0, 180.0, 180.0]
+    """
+
+    def __init__(self, costs: Costs, scheme: Scheme, link: Link) -> None:
+        # When the edge would have its next recovered token, had the draft at j been rejected.
         self.recovered_ms: list[float] = []
+        # Coupled: the cloud's bonus token is there before a draft for j was made.
         self.is_free: list[bool] = []
-        self._costs, self._scheme, self._edge = costs, scheme, edge
+        self._edge = edge = _Edge(costs, scheme, link)
+        self._costs, self._scheme = costs, scheme
         self._step_ms = [costs.step_ms(k) for k in range(scheme.draft_length + 1)]
         delay_ms = link.rtt_ms / 2
         self._verdict_ms, self._rejection_ms = (
@@ -131,12 +129,13 @@ class _Engine:
             self._has_row = True
 
     def step(self) -> None:
-        """Judge what has arrived, or what arrives next."""
+        """The engine's next: judge what has arrived, or what arrives next, and tell the edge."""
         edge, first = self._edge, len(self.recovered_ms) + 1
         while first not in edge.arrival_ms:
             if not edge.draft():
                 raise AssertionError("the edge and the engine wait for each other")
         begin_ms = max(self._free_at_ms, edge.arrival_ms[first])
+        edge.draft_all(begin_ms)
         num_taken = 1
         while (
             num_taken < self._scheme.draft_length
@@ -146,31 +145,26 @@ class _Engine:
         if self._has_row:
             judged_ms = begin_ms + self._costs.row_judge_ms
             end_ms = judged_ms + self._step_ms[num_taken - 1]
-            self._judge(judged_ms)
+            self._judge(judged_ms, 1)
             num_left = num_taken - 1
         else:
             end_ms = begin_ms + self._step_ms[num_taken]
             num_left = num_taken
-        for _ in range(num_left):
-            self._judge(end_ms)
+        if not self._scheme.split:  # the bonus token is compared with the draft at its place
+            num_left += 1
+        self._judge(end_ms, num_left)
         self._has_row = self._keeps_rows
         self._free_at_ms = end_ms
-        committed = first - 1 + num_taken
-        if not self._scheme.split:  # the bonus token is compared with the draft at its place
-            committed += 1
-            self._judge(end_ms)
         heard_ms = end_ms + self._verdict_ms
-        while edge.draft(before_ms=heard_ms):
-            pass
-        is_free = edge.hear(committed, heard_ms)
+        edge.draft_all(heard_ms)
+        is_free = edge.hear(len(self.recovered_ms), heard_ms)
         if not self._scheme.split:
             self.is_free[-1] = is_free
 
-    def _judge(self, at_ms: float) -> None:
-        """The next place; were it rejected, the edge would have a recovered token ..."""
+    def _judge(self, at_ms: float, num_places: int) -> None:
+        """The next places; were one rejected, the edge would have a recovered token ..."""
         edge, heard_ms = self._edge, at_ms + self._rejection_ms
-        while edge.draft(before_ms=heard_ms):
-            pass
+        edge.draft_all(heard_ms)
         recover_ms = self._costs.recover_ms if self._scheme.split else 0.0
-        self.recovered_ms.append(max(heard_ms, edge.busy_ms) + recover_ms)
-        self.is_free.append(False)
+        self.recovered_ms += [max(heard_ms, edge.busy_ms) + recover_ms] * num_places
+        self.is_free += [False] * num_places

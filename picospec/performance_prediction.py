@@ -19,11 +19,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from picospec.performance_chain import walk_accepted_chain
+from picospec.performance_chain import AcceptedChain
 from picospec.performance_costs import Acceptance, Costs, Link, Scheme, check_acceptance
 
 NEGLIGIBLE = 1e-3  # a chain this unlikely to be accepted so far is not walked on
-PLACES_MIN, PLACES_MAX = 48, 160  # how far a likely one is
+PLACES_MIN, PLACES_MAX = 48, 192  # how far a likely one is
 DRAFT_LENGTH_MAX = 8
 RTT_MS_MAX = 10_000.0  # where the search for a break-even ends
 
@@ -88,35 +88,40 @@ def predicted_goodput(costs: Costs, scheme: Scheme, link: Link, alpha: Acceptanc
     Raises ConfigError if `alpha` holds anything but probabilities.
     """
     places = check_acceptance(alpha)
-    num_places = min(PLACES_MAX, max(PLACES_MIN, 3 * scheme.window, 3 * scheme.draft_length))
-    survival = 1.0
-    for place in range(num_places):
-        survival *= places[min(place, len(places) - 1)]
-        if survival < NEGLIGIBLE:
-            num_places = place + 1
-            break
-    chain = walk_accepted_chain(costs, scheme, link, num_places)
-    recovered_ms = chain.recovered_ms
-    tokens, time_ms, survival = 0.0, recovered_ms[0], 1.0
-    for place, (is_free, now_ms) in enumerate(zip(chain.is_free, recovered_ms, strict=True)):
-        if place:
-            time_ms += survival * (now_ms - recovered_ms[place - 1])
+    num_places_max = min(PLACES_MAX, max(PLACES_MIN, 4 * scheme.window, 4 * scheme.draft_length))
+    chain = AcceptedChain(costs, scheme, link)
+    tokens, time_ms, survival, known_ms = 0.0, 0.0, 1.0, 0.0
+    for place in range(num_places_max):
+        while place >= len(chain.recovered_ms):
+            chain.step()
+        time_ms += survival * (chain.recovered_ms[place] - known_ms)
         tokens += survival
-        if not is_free:
+        known_ms = chain.recovered_ms[place]
+        if not chain.is_free[place]:
             survival *= places[min(place, len(places) - 1)]
-    rate = places[-1] * (1.0 - _free_share(chain.is_free)) + _free_share(chain.is_free)
-    half = len(recovered_ms) // 2
-    slope_ms = (recovered_ms[-1] - recovered_ms[half]) / max(1, len(recovered_ms) - 1 - half)
+        if survival < NEGLIGIBLE:
+            return 1e3 * tokens / time_ms
+    recovered_ms = chain.recovered_ms[:num_places_max]
+    next_ms, slope_ms = _line_through_the_end(recovered_ms)
+    later_free = chain.is_free[num_places_max // 2 : num_places_max]
+    free_share = sum(later_free) / len(later_free)
+    rate = free_share + (1.0 - free_share) * places[-1]
     if rate >= 1.0:
-        return 1e3 / slope_ms if survival > 0.0 else 1e3 * tokens / time_ms
-    more = survival / (1.0 - rate)
-    return 1e3 * (tokens + more) / (time_ms + more * slope_ms)
+        return 1e3 / slope_ms
+    time_ms += survival * (next_ms - recovered_ms[-1] + slope_ms * rate / (1.0 - rate))
+    return 1e3 * (tokens + survival / (1.0 - rate)) / time_ms
 
 
-def _free_share(is_free: Sequence[bool]) -> float:
-    """Of the places in the later half, those where the cloud's own token stands."""
-    later = is_free[len(is_free) // 2 :]
-    return sum(later) / len(later)
+def _line_through_the_end(times_ms: Sequence[float]) -> tuple[float, float]:
+    """The next time to be expected, and the slope: rounds make steps, so quarters are averaged.
+
+    >>> _line_through_the_end([0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0])
+    (80.0, 10.0)
+    """
+    size = max(1, len(times_ms) // 4)
+    last_ms = sum(times_ms[-size:]) / size
+    slope_ms = (last_ms - sum(times_ms[-2 * size : -size]) / size) / size
+    return last_ms + slope_ms * (size + 1) / 2, slope_ms
 
 
 def best_draft_length(
