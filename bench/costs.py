@@ -1,0 +1,134 @@
+"""What verification and drafting take when nothing is in their way.
+
+Verification: a session is fed `k` drafts that are all right, as one round, and its Verdict tells
+what the forward and the sampling took. The right drafts are known from the same text, made
+before without drafts, which also gives k = 0. Counts take turns, so that drift hits all alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict
+
+from bench.bed import Bed
+from bench.results import Costs
+from bench.scenarios import Condition, System
+from bench.systems import Task, generate
+from picospec.messages import (
+    EMPTY_TOKENS,
+    AssistPolicy,
+    Draft,
+    Open,
+    SamplingParams,
+    TokenArray,
+    Verdict,
+    VerificationMode,
+)
+
+COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
+SAFE_PROB = 1e-12  # claimed for a draft in split mode; the target's is above it: accepted
+SAMPLED = 0.7  # temperature at which split mode is measured
+DRAFT_TOKENS = 64  # drafted in a row to time the drafter
+CYCLE_TOKENS = sum(count + 1 for count in COUNTS)  # with a bonus token each
+
+_names = (f"costs-{number}" for number in itertools.count())
+
+
+async def measure(bed: Bed, prompt_token_ids: TokenArray, cycles: int) -> Costs:
+    """On a link without delay. `cycles`: verdicts for each number of drafts."""
+    await bed.set_link(0.0, None)
+    task = Task("costs", prompt_token_ids, CYCLE_TOKENS + 8, seed=1)
+    costs = Costs()
+    plain = Condition(System.CLOUD_ONLY, None, 0.0)
+    baseline = await _timed(bed, plain, task)
+    costs.baseline_ms = 1e3 / baseline
+    verify_ms: dict[str, dict[int, list[float]]] = {
+        mode.value: defaultdict(list) for mode in VerificationMode
+    }
+    for _ in range(cycles):
+        text = await _decode(bed, prompt_token_ids, verify_ms["coupled"][0])
+        await _verify(bed, prompt_token_ids, text, VerificationMode.COUPLED, verify_ms["coupled"])
+        await _verify(bed, prompt_token_ids, text, VerificationMode.SPLIT, verify_ms["split"])
+    costs.verify_ms = {
+        mode: {count: statistics.median(times) for count, times in sorted(by_count.items())}
+        for mode, by_count in verify_ms.items()
+    }
+    for draft in bed.drafting:
+        alone = Condition(System.EDGE_ONLY, draft, 0.0)
+        task = Task("costs", prompt_token_ids, DRAFT_TOKENS, seed=1)
+        costs.draft_ms[draft] = 1e3 / await _timed(bed, alone, task)
+    return costs
+
+
+async def _timed(bed: Bed, condition: Condition, task: Task) -> float:
+    """Tokens a second. Raises RuntimeError if it fails."""
+    record = await generate(bed, condition, task)
+    if record.error:
+        raise RuntimeError(f"{condition.name}: {record.error}")
+    return record.tokens_per_s
+
+
+async def _decode(bed: Bed, prompt: TokenArray, times_ms: list[float]) -> list[int]:
+    """The greedy text of the target alone; adds each step's time."""
+    stream = bed.link.open_stream(name := next(_names))
+    text: list[int] = []
+    try:
+        stream.send(_open(name, prompt, VerificationMode.COUPLED, 0.0, AssistPolicy.ALWAYS))
+        while (frame := await stream.receive()) is not None:
+            if isinstance(frame, Verdict):
+                if text:  # not the prompt's prefill
+                    times_ms.append(frame.compute_us / 1e3)
+                text += frame.token_ids
+    finally:
+        await stream.aclose()
+    return text
+
+
+async def _verify(
+    bed: Bed,
+    prompt: TokenArray,
+    text: list[int],
+    mode: VerificationMode,
+    times_ms: dict[int, list[float]],
+) -> None:
+    """Feed `text` to a session, COUNTS drafts at a time, and add what each verdict took."""
+    split = mode is VerificationMode.SPLIT
+    stream = bed.link.open_stream(name := next(_names))
+    counts = iter(COUNTS)
+    position, epoch = len(prompt), 0
+    try:
+        stream.send(_open(name, prompt, mode, SAMPLED if split else 0.0, AssistPolicy.NEVER))
+        while (frame := await stream.receive()) is not None:
+            if not isinstance(frame, Verdict):
+                continue
+            if frame.num_draft_tokens:
+                times_ms[frame.num_draft_tokens].append(frame.compute_us / 1e3)
+            if frame.rejection is not None:
+                raise RuntimeError("a draft that was the target's own was rejected")
+            position += frame.num_accepted + len(frame.token_ids)
+            if not (count := next(counts, 0)):
+                return
+            done = position - len(prompt)
+            drafts = tuple(text[done : done + count])
+            probs = (SAFE_PROB,) * count if split else ()
+            if frame.num_draft_tokens and frame.token_ids:
+                epoch += 1  # the cloud's own token ended the chain
+            stream.send(Draft(epoch, position, drafts, probs, end_of_round=True))
+    finally:
+        await stream.aclose()
+
+
+def _open(
+    name: str, prompt: TokenArray, mode: VerificationMode, temperature: float, assist: AssistPolicy
+) -> Open:
+    return Open(
+        session_id=name,
+        prompt_token_ids=prompt,
+        output_token_ids=EMPTY_TOKENS,
+        sampling=SamplingParams(temperature=temperature, seed=1),
+        mode=mode,
+        max_tokens=CYCLE_TOKENS + 8,
+        assist=assist,
+        verify_whole_rounds=True,
+    )

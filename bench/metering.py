@@ -1,0 +1,114 @@
+"""A link that keeps the frames of its streams, so that a generation can be accounted for later.
+
+Nothing is computed while the generation runs: frames are encoded a second time afterwards, to
+learn how large they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edge_agent.link import Link, Stream
+from picospec import codec
+from picospec.messages import CloudFrame, Draft, EdgeFrame, Verdict
+
+
+@dataclass
+class MeteredLink:
+    """A `Link` over `link`. `frames` holds those of the streams opened since `reset`."""
+
+    link: Link
+    streams: list[MeteredStream] = field(default_factory=list)
+
+    def open_stream(self, request_id: str) -> MeteredStream:
+        stream = MeteredStream(self.link.open_stream(request_id))
+        self.streams.append(stream)
+        return stream
+
+    def reset(self) -> None:
+        self.streams.clear()
+
+    @property
+    def sent(self) -> list[EdgeFrame]:
+        return [frame for stream in self.streams for frame in stream.sent]
+
+    @property
+    def received(self) -> list[CloudFrame]:
+        return [frame for stream in self.streams for frame in stream.received]
+
+
+class MeteredStream:
+    """A `Stream` that remembers."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.sent: list[EdgeFrame] = []
+        self.received: list[CloudFrame] = []
+
+    @property
+    def bytes_up(self) -> int:
+        return self._stream.bytes_up
+
+    @bytes_up.setter
+    def bytes_up(self, value: int) -> None:
+        self._stream.bytes_up = value
+
+    @property
+    def bytes_down(self) -> int:
+        return self._stream.bytes_down
+
+    @bytes_down.setter
+    def bytes_down(self, value: int) -> None:
+        self._stream.bytes_down = value
+
+    def send(self, frame: EdgeFrame) -> None:
+        self.sent.append(frame)
+        self._stream.send(frame)
+
+    async def receive(self) -> CloudFrame | None:
+        frame = await self._stream.receive()
+        if frame is not None:
+            self.received.append(frame)
+        return frame
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What the frames of one generation were. Bytes are gRPC message payloads."""
+
+    num_drafts_sent: int  # those never judged included
+    draft_bytes: int  # of all Draft frames
+    verdicts: int
+    num_judged: int
+    num_accepted: int
+    rejections: int
+    rejection_bytes: int  # of the verdicts that carry one
+    queue_us: float  # mean over verdicts
+    compute_us: float
+
+
+def traffic(sent: list[EdgeFrame], received: list[CloudFrame]) -> Traffic:
+    drafts = [frame for frame in sent if isinstance(frame, Draft)]
+    verdicts = [frame for frame in received if isinstance(frame, Verdict)]
+    rejections = [verdict for verdict in verdicts if verdict.rejection is not None]
+    return Traffic(
+        num_drafts_sent=sum(len(draft.token_ids) - draft.num_forced for draft in drafts),
+        draft_bytes=sum(len(codec.edge_to_bytes(draft)) for draft in drafts),
+        verdicts=len(verdicts),
+        num_judged=sum(verdict.num_draft_tokens for verdict in verdicts),
+        num_accepted=sum(verdict.num_accepted for verdict in verdicts),
+        rejections=len(rejections),
+        rejection_bytes=sum(
+            len(codec.encode_cloud(verdict).SerializeToString()) for verdict in rejections
+        ),
+        queue_us=_mean(verdicts, lambda verdict: verdict.queue_us),
+        compute_us=_mean(verdicts, lambda verdict: verdict.compute_us),
+    )
+
+
+def _mean(verdicts: list[Verdict], value: Callable[[Verdict], int]) -> float:
+    return sum(map(value, verdicts)) / len(verdicts) if verdicts else 0.0

@@ -1,0 +1,158 @@
+"""The report: `python -m bench.report RESULTS.json --output FOLDER` writes it anew from a result.
+
+Every figure comes from the result; the paper's are data in paper.py and are marked as its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench import paper, plots, tables
+from bench.results import Result, load
+from bench.scenarios import ABLATION_TEMPERATURE, SWEEP_RTT_MS, Condition
+from bench.tables import Column, Predict, Setting
+
+
+def write(result: Result, folder: Path, predict: Predict | None = None) -> Path:
+    """The report's file; its plots lie beside it. `predict` gives tokens a second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = plots.draw(result, folder)
+    path = folder / f"{result.suite}.md"
+    path.write_text(render(result, pictures, predict))
+    return path
+
+
+def render(result: Result, pictures: dict[str, str], predict: Predict | None = None) -> str:
+    """Markdown. `pictures` gives a plot's file by its name (plots.py)."""
+    parts = [f"# The WAN benchmark, suite `{result.suite}`", _preamble(result), *_lossless(result)]
+    for title, text, picture, body in _sections(result, predict):
+        if body:
+            shown = f"![{title}]({pictures[picture]})" if picture in pictures else ""
+            parts += [f"## {title}", text, shown, body]
+    if result.not_run:
+        parts += ["## Not run", "\n".join(f"- {each}" for each in result.not_run)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _sections(result: Result, predict: Predict | None) -> Iterator[tuple[str, str, str, str]]:
+    """Title, text, plot, table."""
+    cell = (
+        "A cell: **speed-up** over stock vLLM on the same prompt and link (median, quartiles), "
+        "then tokens/s."
+    )
+    yield (
+        "Speed-up over the cloud alone, by round trip",
+        f"Greedy, bandwidth unlimited, settings as they come. {cell}",
+        "speedup",
+        tables.by_rtt(result),
+    )
+    yield "Time to the first token", "The prompt is in no cache.", "", tables.first_tokens(result)
+    yield (
+        "Adaptive draft length beside fixed ones",
+        "Greedy. A fixed n drafts one round of n ahead of the one that is judged (window 2n).",
+        "",
+        tables.control(result),
+    )
+    yield (
+        "Draft length",
+        f"Beside the paper's sweep (Qwen, GSM8K; {paper.SOURCE}).",
+        "lengths",
+        tables.draft_lengths(result),
+    )
+    ablation = tables.ablation(result)
+    yield (
+        "What each part is worth",
+        'Temperature 0.7 unless the group says otherwise. "Of full" is the speed relative to the '
+        "whole system with the same draft; the last columns are the paper's same ratios.",
+        "ablation",
+        ablation,
+    )
+    yield "The paper's ablation", paper.SOURCE, "", tables.paper_ablation() if ablation else ""
+    yield (
+        "Bytes",
+        "At RTT 20 ms. A round is n drafts (4); payload is gRPC messages, the wire has HTTP/2 "
+        "framing as well and the prompt, all divided by output tokens.",
+        "",
+        tables.traffic(result),
+    )
+    warm: set[Setting] = {
+        (SWEEP_RTT_MS, kbit_s, ABLATION_TEMPERATURE) for kbit_s in (None, 1000.0, 50.0)
+    }
+    yield "Bandwidth", cell, "", _if_several(result, _bandwidth, warm)
+    heats: set[Setting] = {(SWEEP_RTT_MS, None, heat) for heat in (0.0, ABLATION_TEMPERATURE, 1.0)}
+    yield "Temperature", cell, "", _if_several(result, _temperature, heats)
+    yield (
+        "Costs of the parts",
+        f"Stock vLLM: {result.costs.baseline_ms:.1f} ms a token. Drafts, ms a token: "
+        + ", ".join(f"{draft} {ms:.1f}" for draft, ms in result.costs.draft_ms.items())
+        + ".",
+        "",
+        tables.costs(result),
+    )
+    if predict is not None:
+        yield "Predicted and measured", "", "", tables.predictions(result, predict)
+
+
+def _if_several(result: Result, column: Column, links: set[Setting]) -> str:
+    """One column compares nothing."""
+    measured = {group.conditions[0].condition.link for group in result.groups} & links
+    return tables.links(result, column, links) if len(measured) > 1 else ""
+
+
+def _bandwidth(condition: Condition) -> str:
+    return "unlimited" if condition.kbit_s is None else f"{condition.kbit_s:g} kbit/s"
+
+
+def _temperature(condition: Condition) -> str:
+    return f"T = {condition.temperature:g}"
+
+
+def _preamble(result: Result) -> str:
+    machine, both = result.machine, result.settings.get("both", {})
+    generations = sum(len(each.records) for group in result.groups for each in group.conditions)
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    lines = [
+        f"Measured {result.date} at commit `{result.commit}`: {generations} generations in "
+        f"{result.wall_s / 60:.0f} min.",
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; the "
+        "cloud computes on one core, the edge (drafter, pipeline, link) on another. "
+        f"Load average at the start: {machine['load_average']:.1f}.",
+        f"Python {machine['python']}, kernel {machine['kernel']}, {versions}.",
+        "Both engines: " + ", ".join(f"{key} = {value}" for key, value in both.items()) + ". "
+        "Stock vLLM's own: "
+        + ", ".join(f"{key} = {value}" for key, value in result.settings.get("stock", {}).items())
+        + ".",
+        "Tokens a second count from the first commit on. Each prompt goes through all conditions "
+        "of a group, in alternating order, the baseline first and last.",
+    ]
+    return "\n".join(lines)
+
+
+def _lossless(result: Result) -> Iterator[str]:
+    texts = result.compared
+    if not texts:
+        return
+    equal = sum(record.first_difference is None for _, record in texts)
+    yield (f"**Greedy texts equal to stock vLLM's, token for token: {equal} of {len(texts)}.**")
+    differing = [
+        f"- {tables.label(each.condition)}, RTT {each.condition.rtt_ms:g} ms, prompt "
+        f"{record.prompt_id}: from token {record.first_difference} on"
+        for each, record in texts
+        if record.first_difference is not None
+    ]
+    if differing:
+        yield "\n".join(differing)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--output", type=Path, help="folder; default: that of the results")
+    arguments = parser.parse_args()
+    print(write(load(arguments.results), arguments.output or arguments.results.parent))
+
+
+if __name__ == "__main__":
+    main()

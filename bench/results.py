@@ -1,0 +1,188 @@
+"""What was measured, and the file it is kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.scenarios import Condition, System
+from bench.spreads import Spread, spread
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One generation. What does not apply to a system is 0."""
+
+    prompt_id: str
+    order: int  # its place in the repetition
+    token_ids: list[int]
+    ttft_s: float  # from the request to the first token
+    seconds: float  # from the first committed token to the last
+    num_first: int = 1  # tokens that came with the first
+    drafted: int = 0  # that were judged
+    drafts_sent: int = 0  # those sent in vain included
+    accepted: int = 0
+    verdicts: int = 0
+    rejections: int = 0
+    rollbacks: int = 0
+    resumes: int = 0  # times the link was lost
+    payload_up: int = 0  # bytes of messages
+    payload_down: int = 0
+    draft_bytes: int = 0  # of payload_up: the drafts
+    rejection_bytes: int = 0  # of payload_down: verdicts with a rejection
+    wire_up: int = 0  # bytes of TCP payload, framing included
+    wire_down: int = 0
+    queue_us: float = 0.0  # a verdict's mean wait in the cloud
+    compute_us: float = 0.0  # a verdict's mean forward and sampling
+    draft_ms: float = 0.0  # the drafter's time for a token, rolled back ones included
+    compared: bool = False  # greedy: with the baseline's text on this prompt
+    first_difference: int | None = None  # where it leaves that text; None: nowhere
+    error: str = ""  # why there is no result
+
+    @property
+    def tokens_per_s(self) -> float:
+        """After the first commit, so that the prompt's prefill is left out."""
+        return (len(self.token_ids) - self.num_first) / self.seconds if self.seconds else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+@dataclass(slots=True)
+class ConditionResult:
+    condition: Condition
+    records: list[Record] = field(default_factory=list)
+    baseline: bool = False
+
+    @property
+    def complete(self) -> list[Record]:
+        """Those that did not fail."""
+        return [record for record in self.records if not record.error]
+
+    def spread(self, value: Callable[[Record], float]) -> Spread:
+        return spread([value(record) for record in self.complete])
+
+    def speeds(self) -> dict[str, float]:
+        """Tokens a second of each prompt; the mean where it was measured twice."""
+        by_prompt: dict[str, list[float]] = {}
+        for record in self.complete:
+            by_prompt.setdefault(record.prompt_id, []).append(record.tokens_per_s)
+        return {prompt: sum(speeds) / len(speeds) for prompt, speeds in by_prompt.items()}
+
+
+@dataclass(slots=True)
+class GroupResult:
+    name: str
+    max_tokens: int
+    conditions: list[ConditionResult]
+    wall_s: float = 0.0
+
+    @property
+    def baseline(self) -> ConditionResult:
+        return self.conditions[0]
+
+    def speedup(self, result: ConditionResult) -> Spread:
+        """Over the baseline on the same prompt, in the same repetition."""
+        baseline = self.baseline.speeds()
+        speeds = result.speeds()
+        return spread([speeds[each] / baseline[each] for each in speeds if baseline.get(each)])
+
+
+@dataclass(slots=True)
+class Costs:
+    """What the parts take when nothing is in their way; see costs.py. Times are medians."""
+
+    verify_ms: dict[str, dict[int, float]] = field(default_factory=dict)  # mode: drafts: ms
+    draft_ms: dict[str, float] = field(default_factory=dict)  # draft: ms a token
+    baseline_ms: float = 0.0  # a token of stock vLLM
+
+
+@dataclass(slots=True)
+class Result:
+    """A suite's run."""
+
+    suite: str
+    date: str  # ISO 8601, UTC
+    commit: str
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    groups: list[GroupResult]
+    costs: Costs
+    not_run: list[str] = field(default_factory=list)  # and why
+    wall_s: float = 0.0
+
+    def find(
+        self, wanted: Callable[[Condition], bool]
+    ) -> Iterator[tuple[GroupResult, ConditionResult]]:
+        """Every condition that has at least one complete record."""
+        for group in self.groups:
+            for result in group.conditions:
+                if result.complete and wanted(result.condition):
+                    yield group, result
+
+    @property
+    def compared(self) -> list[tuple[ConditionResult, Record]]:
+        """Generations whose text must be the baseline's; its own second one is among them."""
+        return [
+            (each, record)
+            for group in self.groups
+            for each in group.conditions
+            for record in each.records
+            if record.compared
+        ]
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(to_json(self), indent=1) + "\n")
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """Raw records, and beside them each condition's medians and quartiles."""
+    data = asdict(result)
+    for group, written in zip(result.groups, data["groups"], strict=True):
+        for each, entry in zip(group.conditions, written["conditions"], strict=True):
+            entry["condition"]["system"] = each.condition.system.value
+            entry["name"] = each.condition.name
+            entry["tokens_per_s"] = asdict(each.spread(lambda record: record.tokens_per_s))
+            entry["ttft_s"] = asdict(each.spread(lambda record: record.ttft_s))
+            entry["speedup"] = asdict(group.speedup(each))
+    return data
+
+
+def from_json(data: dict[str, Any]) -> Result:
+    """The inverse of `to_json`; derived values are computed anew."""
+    groups = [
+        GroupResult(
+            group["name"],
+            group["max_tokens"],
+            [
+                ConditionResult(
+                    _condition(entry["condition"]),
+                    [Record(**record) for record in entry["records"]],
+                    entry["baseline"],
+                )
+                for entry in group["conditions"]
+            ],
+            group["wall_s"],
+        )
+        for group in data["groups"]
+    ]
+    costs = data["costs"]
+    verify_ms = {
+        mode: {int(count): ms for count, ms in times.items()}
+        for mode, times in costs["verify_ms"].items()
+    }
+    return Result(**{**data, "groups": groups, "costs": Costs(**{**costs, "verify_ms": verify_ms})})
+
+
+def load(path: Path) -> Result:
+    return from_json(json.loads(path.read_text()))
+
+
+def _condition(data: dict[str, Any]) -> Condition:
+    overrides = tuple((key, value) for key, value in data["overrides"])
+    return Condition(**{**data, "system": System(data["system"]), "overrides": overrides})

@@ -1,0 +1,257 @@
+"""How each system makes one text, and what is noted about it.
+
+All times are taken here, on the edge, when tokens are in the hands of whoever asked for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bench.bed import Bed
+from bench.metering import traffic
+from bench.results import Record
+from bench.scenarios import Condition, System
+from edge_agent import config as edge_config
+from edge_agent.drafting.messages import ContextFailed, ContextSpec, Drafted, DraftEvent
+from edge_agent.generation import GenerationRequest
+from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
+from edge_agent.server import policy_of
+from picospec.messages import (
+    EMPTY_TOKENS,
+    AssistPolicy,
+    Open,
+    SamplingParams,
+    TokenArray,
+    Verdict,
+    VerificationMode,
+)
+
+GENERATION_TIMEOUT_S = 600.0
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """One text to make."""
+
+    prompt_id: str
+    prompt_token_ids: TokenArray
+    max_tokens: int
+    seed: int
+    order: int = 0  # its place in the repetition
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """The tokens of one generation and when they came."""
+
+    started_s: float = field(default_factory=time.perf_counter)
+    first_s: float = 0.0
+    last_s: float = 0.0
+    num_first: int = 0
+    token_ids: list[int] = field(default_factory=list)
+
+    def add(self, token_ids: Iterable[int]) -> None:
+        before = len(self.token_ids)
+        self.token_ids.extend(map(int, token_ids))
+        if len(self.token_ids) == before:
+            return
+        self.last_s = time.perf_counter()
+        if not before:
+            self.first_s, self.num_first = self.last_s, len(self.token_ids)
+
+    def record(self, task: Task, **counts: Any) -> Record:
+        return Record(
+            prompt_id=task.prompt_id,
+            order=task.order,
+            token_ids=self.token_ids,
+            ttft_s=self.first_s - self.started_s,
+            seconds=self.last_s - self.first_s,
+            num_first=self.num_first,
+            **counts,
+        )
+
+
+async def generate(bed: Bed, condition: Condition, task: Task) -> Record:
+    """Make the text. A failure is recorded, not raised: the other conditions go on."""
+    run = {
+        System.CLOUD_ONLY: _cloud_only,
+        System.ENGINE_PLAIN: _engine_plain,
+        System.EDGE_ONLY: _edge_only,
+    }.get(condition.system, _speculate)
+    try:
+        async with asyncio.timeout(GENERATION_TIMEOUT_S):
+            return await run(bed, condition, task)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        return Record(task.prompt_id, task.order, [], 0.0, 0.0, error=reason)
+
+
+def policy(condition: Condition) -> SpeculationPolicy:
+    """As the edge daemon makes it from its flags. Raises ConfigError for a key it lacks."""
+    flags = ["--drafter.model", "unused"]
+    for key, value in condition.speculation.items():
+        flags += [f"--speculation.{key}", str(value).lower()]
+    return policy_of(edge_config.read(flags, {}))
+
+
+def sampling(condition: Condition, task: Task) -> SamplingParams:
+    return SamplingParams(temperature=condition.temperature, seed=task.seed)
+
+
+async def _cloud_only(bed: Bed, condition: Condition, task: Task) -> Record:
+    stock = bed.stock
+    wire = await bed.stock_relay.counts()
+    payload = stock.bytes_up, stock.bytes_down
+    watch = Stopwatch()
+    tokens = stock.generate(
+        task.prompt_token_ids.tolist(), task.max_tokens, condition.temperature, task.seed
+    )
+    async with aclosing(tokens):
+        async for token_ids in tokens:
+            watch.add(token_ids)
+    crossed = await bed.stock_relay.counts() - wire
+    return watch.record(
+        task,
+        payload_up=stock.bytes_up - payload[0],
+        payload_down=stock.bytes_down - payload[1],
+        wire_up=crossed.up,
+        wire_down=crossed.down,
+    )
+
+
+async def _engine_plain(bed: Bed, condition: Condition, task: Task) -> Record:
+    """A coupled session that never gets a draft: the cloud goes on by itself."""
+    wire = await bed.cloud_relay.counts()
+    name = f"bench-{next(_numbers)}"
+    bed.link.reset()
+    watch = Stopwatch()
+    stream = bed.link.open_stream(name)
+    try:
+        stream.send(
+            Open(
+                session_id=name,
+                prompt_token_ids=task.prompt_token_ids,
+                output_token_ids=EMPTY_TOKENS,
+                sampling=sampling(condition, task),
+                mode=VerificationMode.COUPLED,
+                max_tokens=task.max_tokens,
+                assist=AssistPolicy.ALWAYS,
+            )
+        )
+        while (frame := await stream.receive()) is not None:
+            if isinstance(frame, Verdict):
+                watch.add(frame.token_ids)
+    finally:
+        await stream.aclose()
+    crossed = await bed.drained() - wire
+    seen = traffic(bed.link.sent, bed.link.received)
+    return watch.record(
+        task,
+        verdicts=seen.verdicts,
+        payload_up=stream.bytes_up,
+        payload_down=stream.bytes_down,
+        wire_up=crossed.up,
+        wire_down=crossed.down,
+        queue_us=seen.queue_us,
+        compute_us=seen.compute_us,
+    )
+
+
+async def _edge_only(bed: Bed, condition: Condition, task: Task) -> Record:
+    assert condition.draft is not None
+    drafting = bed.drafting[condition.draft]
+    before = drafting.drafted_tokens, drafting.drafting_s
+    length = len(task.prompt_token_ids)
+    events: asyncio.Queue[DraftEvent] = asyncio.Queue()
+    watch = Stopwatch()
+    context = drafting.open(
+        ContextSpec(
+            request_id=f"bench-{next(_numbers)}",
+            token_ids=task.prompt_token_ids,
+            sampling=sampling(condition, task),
+            mode=VerificationMode.COUPLED,
+            stop_token_ids=(),
+            prompt_length=length,
+            max_length=length + task.max_tokens,
+            logits_width=bed.card.logits_width,
+        ),
+        events.put_nowait,
+    )
+    try:
+        context.allow(length + task.max_tokens)
+        while len(watch.token_ids) < task.max_tokens:
+            match await events.get():
+                case Drafted(token_ids=token_ids):
+                    watch.add(token_ids)
+                case ContextFailed(error):
+                    raise error
+    finally:
+        context.close()
+    return watch.record(task, draft_ms=_draft_ms(bed, condition.draft, before))
+
+
+async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
+    assert condition.draft is not None
+    drafting = bed.drafting[condition.draft]
+    before = drafting.drafted_tokens, drafting.drafting_s
+    wire = await bed.cloud_relay.counts()
+    bed.link.reset()
+    generator = SpeculativeGenerator(bed.link, drafting, lambda: bed.card, policy(condition))
+    request = GenerationRequest(
+        request_id=f"bench-{next(_numbers)}",
+        prompt_token_ids=task.prompt_token_ids,
+        sampling=sampling(condition, task),
+        max_tokens=task.max_tokens,
+        stop_token_ids=(),
+    )
+    watch = Stopwatch()
+    generation = generator.generate(request)
+    try:
+        async for chunk in generation:
+            watch.add(chunk.token_ids)
+    finally:
+        await generation.aclose()
+    stats = generation.stats
+    crossed = await bed.drained() - wire
+    seen = traffic(bed.link.sent, bed.link.received)
+    return watch.record(
+        task,
+        drafted=seen.num_judged,
+        drafts_sent=seen.num_drafts_sent,
+        accepted=seen.num_accepted,
+        verdicts=seen.verdicts,
+        rejections=seen.rejections,
+        rollbacks=stats.rollbacks,
+        resumes=stats.resumes,
+        payload_up=stats.bytes_up,
+        payload_down=stats.bytes_down,
+        draft_bytes=seen.draft_bytes,
+        rejection_bytes=seen.rejection_bytes,
+        wire_up=crossed.up,
+        wire_down=crossed.down,
+        queue_us=seen.queue_us,
+        compute_us=seen.compute_us,
+        draft_ms=_draft_ms(bed, condition.draft, before),
+    )
+
+
+def _draft_ms(bed: Bed, draft: str, before: tuple[int, float]) -> float:
+    """The drafter's time for each token since `before`: drafted_tokens, drafting_s."""
+    drafting = bed.drafting[draft]
+    num_tokens = drafting.drafted_tokens - before[0]
+    return (drafting.drafting_s - before[1]) / num_tokens * 1e3 if num_tokens else 0.0
+
+
+def prompt_tokens(bed: Bed, text: str) -> TokenArray:
+    """A chat of one message, up to where the assistant begins."""
+    return np.asarray(bed.tokenizer.encode_chat([{"role": "user", "content": text}]), np.int32)

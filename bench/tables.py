@@ -1,0 +1,293 @@
+"""The report's tables, each a function of a Result. A cell that was not measured stays empty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from bench import paper
+from bench.results import ConditionResult, GroupResult, Record, Result
+from bench.scenarios import ADAPTIVE, DRAFTS, Condition, System, fixed
+from bench.spreads import mean_absolute_error, spread
+
+Predict = Callable[[ConditionResult], float]  # tokens a second
+Column = Callable[[Condition], str]  # what a column is called
+Setting = tuple[float, float | None, float]  # Condition.link
+Row = Sequence[str]
+
+NAMES = {
+    System.CLOUD_ONLY: "stock vLLM",
+    System.ENGINE_PLAIN: "our cloud, no drafts",
+    System.EDGE_ONLY: "the drafter alone",
+    System.VANILLA: "vanilla speculation",
+    System.PICOSPEC: "PicoSpec",
+    System.NO_PARALLEL_DRAFTING: "without parallel drafting",
+    System.NO_FAST_VERIFICATION: "without fast verification",
+    System.NO_SPLIT_REJECTION: "without split rejection",
+    System.NEVER_WAITING: "never waiting (coupled)",
+}
+
+
+def table(head: Row, rows: Iterable[Row]) -> str:
+    """Markdown; "" without rows."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    if not lines:
+        return ""
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
+
+
+def label(condition: Condition) -> str:
+    """
+    >>> label(Condition(System.PICOSPEC, "int4", 0.0, overrides=fixed(2)))
+    'PicoSpec, int4, n = 2'
+    """
+    words = [NAMES[condition.system], *([condition.draft] if condition.draft else [])]
+    if condition.overrides == ADAPTIVE:
+        words.append("adaptive")
+    elif "draft_length" in dict(condition.overrides):
+        words.append(f"n = {dict(condition.overrides)['draft_length']}")
+    return ", ".join(words)
+
+
+def speedup_cell(group: GroupResult, result: ConditionResult) -> str:
+    """Median and quartiles of the ratios to stock vLLM, then the median of tokens a second."""
+    ratio = group.speedup(result)
+    rate = result.spread(lambda record: record.tokens_per_s).median
+    return f"**{ratio.median:.2f}** ({ratio.low:.2f}–{ratio.high:.2f}), {rate:.1f}"
+
+
+def by_rtt(result: Result) -> str:
+    """Greedy, unlimited bandwidth, settings as they come: a row a system, a column an RTT."""
+    return _over_rtts(
+        result, lambda condition: not condition.overrides, lambda condition: label(condition)
+    )
+
+
+def control(result: Result) -> str:
+    """Adaptive draft length beside fixed ones, at every RTT."""
+    swept = (ADAPTIVE, *(fixed(length) for length in range(1, 9)))
+    return _over_rtts(result, lambda condition: condition.overrides in swept, label)
+
+
+def _over_rtts(
+    result: Result, wanted: Callable[[Condition], bool], name: Callable[[Condition], str]
+) -> str:
+    cells: dict[str, dict[float, str]] = {}
+    for group, each in _greedy_unlimited(result):
+        if wanted(each.condition):
+            row = cells.setdefault(name(each.condition), {})
+            row[each.condition.rtt_ms] = speedup_cell(group, each)
+    rtts_ms = sorted({rtt_ms for row in cells.values() for rtt_ms in row})
+    head = ["", *(f"RTT {rtt_ms:g} ms" for rtt_ms in rtts_ms)]
+    return table(
+        head, ([row, *(cells[row].get(rtt_ms, "") for rtt_ms in rtts_ms)] for row in cells)
+    )
+
+
+def _greedy_unlimited(result: Result) -> Iterable[tuple[GroupResult, ConditionResult]]:
+    return result.find(lambda each: each.temperature == 0.0 and each.kbit_s is None)
+
+
+def first_tokens(result: Result) -> str:
+    """Time to first token, ms, by RTT."""
+    cells: dict[str, dict[float, str]] = {}
+    for _, each in _greedy_unlimited(result):
+        if not each.condition.overrides:
+            ttft = each.spread(lambda record: record.ttft_s * 1e3)
+            cells.setdefault(label(each.condition), {})[each.condition.rtt_ms] = (
+                f"{ttft.median:.0f}"
+            )
+    rtts_ms = sorted({rtt_ms for row in cells.values() for rtt_ms in row})
+    head = ["TTFT, ms", *(f"RTT {rtt_ms:g} ms" for rtt_ms in rtts_ms)]
+    return table(
+        head, ([row, *(cells[row].get(rtt_ms, "") for rtt_ms in rtts_ms)] for row in cells)
+    )
+
+
+def draft_lengths(result: Result) -> str:
+    """The sweep of n beside the paper's."""
+    rows = []
+    for length in range(1, 9):
+        found = {
+            each.condition.draft: (group, each)
+            for group, each in sweep(result)
+            if each.condition.overrides == fixed(length)
+        }
+        if not found:
+            continue
+        cells = [str(length)]
+        for draft in DRAFTS:
+            group_and_result = found.get(draft)
+            if group_and_result is None:
+                cells += ["", ""]
+                continue
+            group, each = group_and_result
+            cells += [speedup_cell(group, each), f"{_accepted(each):.2f}"]
+        paper_rate, accepted = (
+            paper.DRAFT_LENGTH.get(length),
+            paper.DRAFT_LENGTH_ACCEPTED.get(length),
+        )
+        cells += [f"{paper_rate:.2f}" if paper_rate else "", f"{accepted:.2f}" if accepted else ""]
+        rows.append(cells)
+    head = ["n", *(f"{draft}{what}" for draft in DRAFTS for what in ("", ", accepted a verdict"))]
+    return table([*head, "paper, tokens/s", "paper, accepted a round"], rows)
+
+
+def sweep(result: Result) -> list[tuple[GroupResult, ConditionResult]]:
+    """Fixed draft lengths at the RTT where most of them were measured."""
+    lengths = [fixed(length) for length in range(1, 9)]
+    found = [
+        (group, each)
+        for group, each in _greedy_unlimited(result)
+        if each.condition.overrides in lengths
+    ]
+    rtts_ms = [each.condition.rtt_ms for _, each in found]
+    return [pair for pair in found if pair[1].condition.rtt_ms == max(rtts_ms, key=rtts_ms.count)]
+
+
+def _accepted(result: ConditionResult) -> float:
+    return result.spread(lambda record: record.accepted / max(1, record.verdicts)).median
+
+
+def ablation(result: Result) -> str:
+    """Each switch off, beside what the same switch cost in the paper."""
+    rows = []
+    for group, each, relative in ablated(result):
+        system = each.condition.system
+        theirs = [paper.ABLATION[load].get(system.value) for load in paper.ABLATION]
+        full = [paper.ABLATION[load]["picospec"] for load in paper.ABLATION]
+        rows.append(
+            [
+                label(each.condition),
+                speedup_cell(group, each),
+                f"{relative:.2f}",
+                f"{_median(each, lambda record: record.compute_us / 1e3):.1f}",
+                f"{_median(each, lambda record: record.queue_us / 1e3):.1f}",
+                f"{_median(each, lambda record: record.draft_ms):.1f}",
+                *(
+                    "" if row is None else f"{row.tokens_per_s / whole.tokens_per_s:.2f}"
+                    for row, whole in zip(theirs, full, strict=True)
+                ),
+            ]
+        )
+    head = ["", "speed-up, tokens/s", "of full", "verification, ms", "queue, ms", "draft, ms/token"]
+    return table([*head, *(f"paper, {load}" for load in paper.ABLATION)], rows)
+
+
+def paper_ablation() -> str:
+    """The paper's table."""
+    rows = [
+        [load, NAMES[System(system)], f"{row.tokens_per_s:.2f}"]
+        + [f"{value:.1f}" for value in (row.round_ms, row.verify_ms, row.draft_ms)]
+        for load, systems in paper.ABLATION.items()
+        for system, row in systems.items()
+    ]
+    return table(["paper", "", "tokens/s", "ms a round", "T_verify, ms", "T_draft, ms"], rows)
+
+
+def ablated(result: Result) -> list[tuple[GroupResult, ConditionResult, float]]:
+    """The conditions of the group called "ablation", and their speed as a share of the whole
+    system's with the same draft: the median of the ratios on the same prompt."""
+    found = []
+    for group in result.groups:
+        if group.name != "ablation":
+            continue
+        whole = {
+            each.condition.draft: each.speeds()
+            for each in group.conditions
+            if each.condition.system is System.PICOSPEC
+        }
+        for each in group.conditions:
+            reference, speeds = whole.get(each.condition.draft), each.speeds()
+            if not reference or not speeds:
+                continue
+            ratios = [speeds[key] / reference[key] for key in speeds if reference.get(key)]
+            found.append((group, each, spread(ratios).median))
+    return found
+
+
+def traffic(result: Result) -> str:
+    """Bytes: a round up, a rejection down, and all that crosses the line."""
+    rows = []
+    for group, each in result.find(lambda each: each.draft is not None and each.rtt_ms == 20.0):
+        condition = each.condition
+        length = int(condition.speculation.get("draft_length", 4))
+        if condition.system is System.EDGE_ONLY or condition.overrides not in ((), fixed(4)):
+            continue
+        rows.append(
+            [
+                f"{label(condition)} ({group.name})",
+                f"{length * _share(each, 'draft_bytes', 'drafts_sent'):.0f}",
+                f"{_share(each, 'rejection_bytes', 'rejections'):.0f}",
+                *(f"{_a_token(each, name):.0f}" for name in ("payload_up", "payload_down")),
+                *(f"{_a_token(each, name):.0f}" for name in ("wire_up", "wire_down")),
+            ]
+        )
+    head = ["", "a round up", "a rejection down", "payload a token up", "down"]
+    rows_and_paper = [
+        *rows,
+        [
+            "the paper",
+            f"under {paper.ROUND_UP_BYTES_MAX}",
+            f"under {paper.REJECTION_DOWN_BYTES_MAX}",
+            *[""] * 4,
+        ],
+    ]
+    return table([*head, "on the wire a token up", "down"], rows_and_paper) if rows else ""
+
+
+def links(result: Result, column: Column, settings: set[Setting]) -> str:
+    """A row for each system as it comes; used for bandwidths and for temperatures."""
+    cells: dict[str, dict[str, str]] = {}
+    columns: list[str] = []
+    for group, each in result.find(lambda each: not each.overrides):
+        if each.condition.link not in settings:
+            continue
+        name = column(each.condition)
+        if name not in columns:
+            columns.append(name)
+        cells.setdefault(label(each.condition), {})[name] = speedup_cell(group, each)
+    rows = ([row, *(cells[row].get(name, "") for name in columns)] for row in cells)
+    return table(["", *columns], rows)
+
+
+def costs(result: Result) -> str:
+    """What one verification takes, by mode and number of drafts."""
+    counts = sorted({count for times in result.costs.verify_ms.values() for count in times})
+    rows = [
+        [f"verification, {mode}", *(f"{times[n]:.1f}" if n in times else "" for n in counts)]
+        for mode, times in result.costs.verify_ms.items()
+    ]
+    return table(["ms, by drafts", *map(str, counts)], rows)
+
+
+def predictions(result: Result, predict: Predict) -> str:
+    """Tokens a second, predicted beside measured, and the mean absolute error."""
+    rows, guesses, values = [], [], []
+    for group, each in result.find(lambda each: each.draft is not None):
+        if each.condition.system is System.EDGE_ONLY:
+            continue
+        guess = predict(each)
+        value = each.spread(lambda record: record.tokens_per_s).median
+        guesses.append(guess)
+        values.append(value)
+        off = f"{guess / value - 1:+.0%}"
+        rows.append([group.name, label(each.condition), f"{guess:.1f}", f"{value:.1f}", off])
+    if not rows:
+        return ""
+    error = mean_absolute_error(guesses, values)
+    shown = table(["group", "", "predicted, tokens/s", "measured", "off by"], rows)
+    return f"Mean absolute error: **{error:.1%}** over {len(rows)} conditions.\n\n{shown}"
+
+
+def _median(result: ConditionResult, value: Callable[[Record], float]) -> float:
+    return result.spread(value).median
+
+
+def _share(result: ConditionResult, part: str, whole: str) -> float:
+    """Over all generations; 0 if there was nothing."""
+    total = sum(getattr(record, whole) for record in result.complete)
+    return sum(getattr(record, part) for record in result.complete) / total if total else 0.0
+
+
+def _a_token(result: ConditionResult, name: str) -> float:
+    return _median(result, lambda record: getattr(record, name) / max(1, len(record.token_ids)))
