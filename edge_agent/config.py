@@ -120,6 +120,10 @@ class SpeculationConfig:
     window: int = setting(
         32, "most unverified tokens in flight", check=lambda v: 1 <= v <= 1024, allowed="1..1024"
     )
+    control: Literal["fixed", "adaptive"] = setting(
+        "fixed",
+        "adaptive: draft_length and window follow what is measured, from the values given here",
+    )
     parallel_draft: bool = setting(True, "draft on while verdicts are under way")
     fast_verify: bool = setting(True, "send each draft at once instead of whole rounds")
     round_timeout_s: float = setting(

@@ -17,6 +17,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
+from edge_agent.control import DraftLengthController, DraftPlan, FixedLength
 from edge_agent.drafting.context import DraftContext, Drafting
 from edge_agent.drafting.messages import (
     ContextFailed,
@@ -64,18 +65,31 @@ class SpeculativeGenerator:
         card: Callable[[], ModelCard],
         policy: SpeculationPolicy,
         observer: PipelineObserver | None = None,
+        control: Callable[[], DraftLengthController] | None = None,
     ) -> None:
-        """`card` gives the model served; raises CloudUnavailable, ModelMismatch."""
+        """`card` gives the model served; raises CloudUnavailable, ModelMismatch. `control` makes
+        each generation's controller; without one, lengths stay as in `policy`."""
         self._link = link
         self._drafting = drafting
         self._card = card
         self._policy = policy
         self._observer = observer if observer is not None else NullObserver()
+        self._control = control or (lambda: FixedLength(_plan_of(policy)))
 
     def generate(self, request: GenerationRequest) -> SpeculativeGeneration:
         return SpeculativeGeneration(
-            self._link, self._drafting, self._card, self._policy, self._observer, request
+            self._link,
+            self._drafting,
+            self._card,
+            self._policy,
+            self._observer,
+            self._control(),
+            request,
         )
+
+
+def _plan_of(policy: SpeculationPolicy) -> DraftPlan:
+    return DraftPlan(policy.draft_length, policy.window)
 
 
 class SpeculativeGeneration:
@@ -93,6 +107,7 @@ class SpeculativeGeneration:
         card: Callable[[], ModelCard],
         policy: SpeculationPolicy,
         observer: PipelineObserver,
+        control: DraftLengthController,
         request: GenerationRequest,
     ) -> None:
         self.stats = GenerationStats(
@@ -103,6 +118,9 @@ class SpeculativeGeneration:
         self._card = card
         self._policy = policy
         self._observer = observer
+        self._control = control
+        self._plan = _plan_of(policy)
+        self._drafted = (drafting.drafted_tokens, drafting.drafting_s)  # when last looked at
         self._request = request
         self._session: EdgeSession
         self._context: DraftContext | None = None
@@ -273,11 +291,32 @@ class SpeculativeGeneration:
                 self._lost_at = None
                 if session.round_trip_s is not None:
                     self._observer.round_trip(session.round_trip_s)
+                self._steer(frame)
         # The status is on its way here, or Finish on its way there.
         with contextlib.suppress(PicoSpecError, TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):
                 while await stream.receive() is not None:
                     pass
+
+    def _steer(self, verdict: Verdict) -> None:
+        """Tell the controller what was measured, and follow its plan."""
+        control, session, drafting = self._control, self._session, self._drafting
+        before, self._drafted = self._drafted, (drafting.drafted_tokens, drafting.drafting_s)
+        control.drafted(self._drafted[0] - before[0], self._drafted[1] - before[1])
+        if session.round_trip_s is not None:
+            control.round_trip(session.round_trip_s)
+        control.judged(
+            verdict.num_draft_tokens,
+            verdict.num_accepted,
+            verdict.queue_us * 1e-6,
+            verdict.compute_us * 1e-6,
+        )
+        now = self._now()
+        plan = control.plan(now)
+        if plan != self._plan:
+            self._plan = plan
+            self._observer.planned(plan.draft_length, plan.window)
+            self._execute(session.set_length(plan.draft_length, plan.window, now))
 
     async def _resume(self, error: CloudUnavailable | CapacityError) -> None:
         """Take the session up again on a new stream, or raise `error`."""

@@ -18,7 +18,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import uvicorn
@@ -27,8 +27,10 @@ from edge_agent.api.admission import Admission
 from edge_agent.api.host import Health
 from edge_agent.api.routes import create_app
 from edge_agent.config import EdgeConfig, ServerConfig
+from edge_agent.control import AdaptiveLength, DraftLengthController, DraftPlan, FixedLength
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
+from edge_agent.estimates import LiveEstimates
 from edge_agent.generation import Generator
 from edge_agent.link import CloudLink
 from edge_agent.metrics import DrafterState, EdgeMetrics
@@ -37,6 +39,7 @@ from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import ConfigError, ModelMismatch
 from picospec.messages import ModelCard, VerificationMode
+from picospec.performance import Scheme
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +144,9 @@ class EdgeServer:
                 poll_interval_s=cloud.poll_interval_s,
                 on_reachable=metrics.cloud_reachable,
             )
-            generator = SpeculativeGenerator(link, drafting, watch.card, policy, metrics)
+            generator = SpeculativeGenerator(
+                link, drafting, watch.card, policy, metrics, control_of(config)
+            )
             host = EdgeHost(self._tokenizer, generator, watch, drafting)
             watching = asyncio.create_task(watch.run(), name="model-watch")
             stack.callback(watching.cancel)
@@ -252,3 +257,19 @@ def policy_of(config: EdgeConfig) -> SpeculationPolicy:
         resume_attempts=config.cloud.resume_attempts,
         resume_timeout_s=config.cloud.resume_timeout_s,
     )
+
+
+def control_of(config: EdgeConfig) -> Callable[[], DraftLengthController]:
+    """What makes a generation's controller. All learn from each other."""
+    policy = policy_of(config)
+    initial = DraftPlan(policy.draft_length, policy.window)
+    if config.speculation.control == "fixed":
+        return lambda: FixedLength(initial)
+    estimates = LiveEstimates()
+    scheme = Scheme(
+        parallel_draft=policy.parallel_draft,
+        fast_verify=policy.fast_verify,
+        mode=policy.mode,
+        kept_rows=policy.fast_verify,
+    )
+    return lambda: AdaptiveLength(initial, scheme, estimates)
