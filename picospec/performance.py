@@ -1,4 +1,4 @@
-"""How fast speculation is, before it is run: the paper's model and ours (docs/benchmarks.md).
+"""How fast speculation is, before it is run: the paper's model and ours.
 
 - `performance_costs`: what the models are fed, in milliseconds and bytes;
 - `performance_prediction`: closed forms, fast enough for the edge's draft-length control;
