@@ -46,14 +46,17 @@ def main() -> int:
     # Not earlier: it imports the daemons.
     from bench.runner import run
 
+    path = arguments.output / f"{suite.name}.json"
+
+    def keep(result: Result) -> None:
+        result.save(path)
+
     with tempfile.TemporaryDirectory(prefix="picospec-bench-") as logs:
         try:
-            result = asyncio.run(run(suite, Path(logs), eager=arguments.eager, say=_say))
+            result = asyncio.run(run(suite, Path(logs), keep, eager=arguments.eager, say=_say))
         except CommandFailed as error:
             print(f"bench: {error}", file=sys.stderr)
             return 1
-    path = arguments.output / f"{suite.name}.json"
-    result.save(path)
     costs = {"machine": result.machine, "date": result.date, **asdict(result.costs)}
     costs_path = arguments.output / f"{suite.name}-costs.json"
     costs_path.write_text(json.dumps(costs, indent=1) + "\n")

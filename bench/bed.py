@@ -64,6 +64,11 @@ class Bed:
         before = await self.cloud_relay.counts()
         self._fence = await self.drained() - before
 
+    async def reconnect(self) -> None:
+        """To stock vLLM, after a generation that failed. The old one is aborted."""
+        self.stock.close()
+        self.stock = await StockClient.connect(self.stock_relay.port)
+
     async def drained(self) -> Counts:
         """The cloud's line, once all that was sent so far has arrived.
 
@@ -96,9 +101,8 @@ async def laid_out(drafts: Sequence[str], logs: Path, *, eager: bool) -> AsyncIt
         await _listening(stock_port, stock_daemon)
         await _listening(cloud_port, cloud_daemon)
         stock = await StockClient.connect(stock_relay.port)
-        stack.push_async_callback(stock.close)
         await _check_idle((cloud_daemon, stock_daemon))
-        yield Bed(
+        bed = Bed(
             link=MeteredLink(cloud),
             cloud=cloud,
             card=await _card(cloud, cloud_daemon),
@@ -109,6 +113,8 @@ async def laid_out(drafts: Sequence[str], logs: Path, *, eager: bool) -> AsyncIt
             tokenizer=Tokenizer.load(model_home() / "target"),
             settings={"both": settings, "stock": stock.description},
         )
+        stack.callback(lambda: bed.stock.close())  # which may be another by then
+        yield bed
 
 
 def _cloud_flags(port: int, settings: dict[str, Any]) -> list[str]:

@@ -85,6 +85,7 @@ class Traffic:
     verdicts: int
     num_judged: int
     num_accepted: int
+    misses: int  # verdicts that rejected a draft
     rejections: int
     rejection_bytes: int  # of the verdicts that carry one
     queue_us: float  # mean over verdicts
@@ -101,6 +102,7 @@ def traffic(sent: list[EdgeFrame], received: list[CloudFrame]) -> Traffic:
         verdicts=len(verdicts),
         num_judged=sum(verdict.num_draft_tokens for verdict in verdicts),
         num_accepted=sum(verdict.num_accepted for verdict in verdicts),
+        misses=sum(each.num_accepted < each.num_draft_tokens for each in verdicts),
         rejections=len(rejections),
         rejection_bytes=sum(
             len(codec.encode_cloud(verdict).SerializeToString()) for verdict in rejections

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bench.scenarios import Condition, Group, Suite, System
 
 STARTUP_S = 75.0  # two engines one after the other, compiled before
-COST_CYCLE_S = 20.0
+COST_CYCLE_S = 10.0
 PLAIN_MS = 42.0  # a token of the target, decoding alone
 VERIFY_MS = 45.5  # a verification, and what each draft in it adds
 VERIFY_MS_PER_DRAFT = 4.2

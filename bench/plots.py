@@ -113,8 +113,10 @@ def _ablation(axes: Axes, result: Result) -> bool:
     ours: dict[str, dict[str, float]] = {}
     for _, each, relative in tables.ablated(result):
         ours.setdefault(str(each.condition.draft), {})[each.condition.system.value] = relative
-    systems = [name for name in paper.ABLATION["Qwen, GSM8K"] if name != "picospec"]
-    if not any(name in rates for rates in ours.values() for name in systems):
+    measured_names = {name for rates in ours.values() for name in rates}
+    switches = [name for name in paper.ABLATION["Qwen, GSM8K"] if name != "picospec"]
+    systems = [name for name in switches if name in measured_names]
+    if not systems:
         return False
     bars = {
         **{draft: (rates, COLOURS.get(draft, "")) for draft, rates in ours.items()},
@@ -138,6 +140,6 @@ def _ablation(axes: Axes, result: Result) -> bool:
         )  # fmt: skip
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set_xticks(range(len(systems)), [tables.NAMES[System(name)] for name in systems])
-    axes.set(ylabel="tokens/s, relative to everything on")
-    axes.legend(fontsize="x-small")
+    axes.set(ylabel="tokens/s, relative to everything on", ylim=(0, 1.5))
+    axes.legend(fontsize="x-small", ncols=3, loc="upper center")
     return True

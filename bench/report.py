@@ -113,12 +113,14 @@ def _preamble(result: Result) -> str:
     machine, both = result.machine, result.settings.get("both", {})
     generations = sum(len(each.records) for group in result.groups for each in group.conditions)
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    load, cores = machine["load_average"], machine["cores"]
     lines = [
         f"Measured {result.date} at commit `{result.commit}`: {generations} generations in "
         f"{result.wall_s / 60:.0f} min.",
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; the "
         "cloud computes on one core, the edge (drafter, pipeline, link) on another. "
-        f"Load average at the start: {machine['load_average']:.1f}.",
+        f"Load average at the start: {load:.1f}."
+        + (" **Other work shared the machine: take no figure from here.**" if load > cores else ""),
         f"Python {machine['python']}, kernel {machine['kernel']}, {versions}.",
         "Both engines: " + ", ".join(f"{key} = {value}" for key, value in both.items()) + ". "
         "Stock vLLM's own: "

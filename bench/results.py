@@ -25,6 +25,7 @@ class Record:
     drafted: int = 0  # that were judged
     drafts_sent: int = 0  # those sent in vain included
     accepted: int = 0
+    misses: int = 0  # drafts that were rejected; those after them were not looked at
     verdicts: int = 0
     rejections: int = 0
     rollbacks: int = 0
@@ -49,7 +50,9 @@ class Record:
 
     @property
     def acceptance(self) -> float:
-        return self.accepted / self.drafted if self.drafted else 0.0
+        """Of the drafts that were looked at: the α of the performance model."""
+        looked_at = self.accepted + self.misses
+        return self.accepted / looked_at if looked_at else 0.0
 
 
 @dataclass(slots=True)

@@ -59,8 +59,13 @@ def runnable(suite: Suite) -> tuple[Suite, list[str]]:
     return replace(suite, groups=tuple(map(kept, suite.groups))), left_out
 
 
-async def run(suite: Suite, logs: Path, *, eager: bool, say: Say) -> Result:
-    """Measure everything. Raises CommandFailed if the servers do not come up."""
+async def run(
+    suite: Suite, logs: Path, keep: Callable[[Result], None], *, eager: bool, say: Say
+) -> Result:
+    """Measure everything. `keep` gets what there is after each group.
+
+    Raises CommandFailed if the servers do not come up.
+    """
     started_s = time.monotonic()
     suite, left_out = runnable(suite)
     for each in left_out:
@@ -85,7 +90,8 @@ async def run(suite: Suite, logs: Path, *, eager: bool, say: Say) -> Result:
         say(f"costs: {result.costs}")
         for number, group in enumerate(suite.groups):
             result.groups.append(await session.run_group(number, group))
-    result.wall_s = time.monotonic() - started_s
+            result.wall_s = time.monotonic() - started_s
+            keep(result)
     return result
 
 

@@ -161,7 +161,7 @@ def full() -> Suite:
     rtts = [
         group(
             f"RTT {rtt_ms:g} ms", (rtt_ms, None, 0.0), _systems_at(rtt_ms),
-            num_prompts=5, max_tokens=48,
+            num_prompts=6, max_tokens=48,
         )
         for rtt_ms in RTTS_MS
     ]  # fmt: skip
@@ -187,7 +187,7 @@ def full() -> Suite:
             ),
         ),
         budget_min=60.0,
-        cost_cycles=6,
+        cost_cycles=10,
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class StockClient:
         while "finish_reason" not in (message := await self._read()):
             yield tuple(message["token_ids"])
 
-    async def close(self) -> None:
+    def close(self) -> None:
         self._writer.close()
 
     async def _read(self) -> dict[str, Any]:

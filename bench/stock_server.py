@@ -18,6 +18,7 @@ import asyncio
 import json
 import os
 import sys
+from contextlib import aclosing
 from typing import Any
 
 # Both engines get them, so that nothing but the hooks and the drafts differs. Without a prefix
@@ -86,11 +87,15 @@ class StockServer:
         )
         prompt = {"prompt_token_ids": request["prompt_token_ids"]}
         reason = None
-        async for output in self._engine.generate(prompt, sampling, str(self._num_requests)):
-            [completion] = output.outputs
-            reason = completion.finish_reason
-            for token_id in completion.token_ids:  # one a step; more only when we were late
-                _write(writer, {"token_ids": [token_id]})
+        outputs = self._engine.generate(prompt, sampling, str(self._num_requests))
+        async with aclosing(outputs):  # closed early, the engine drops the request
+            async for output in outputs:
+                [completion] = output.outputs
+                reason = completion.finish_reason
+                for token_id in completion.token_ids:  # one a step; more only when we were late
+                    _write(writer, {"token_ids": [token_id]})
+                if writer.is_closing():
+                    return
         _write(writer, {"finish_reason": reason})
         await writer.drain()
 

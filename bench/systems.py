@@ -92,6 +92,8 @@ async def generate(bed: Bed, condition: Condition, task: Task) -> Record:
         async with asyncio.timeout(GENERATION_TIMEOUT_S):
             return await run(bed, condition, task)
     except Exception as error:
+        if condition.system is System.CLOUD_ONLY:
+            await bed.reconnect()  # the rest of its answer must not reach the next
         reason = f"{type(error).__name__}: {error}"
         return Record(task.prompt_id, task.order, [], 0.0, 0.0, error=reason)
 
@@ -232,6 +234,7 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
         drafted=seen.num_judged,
         drafts_sent=seen.num_drafts_sent,
         accepted=seen.num_accepted,
+        misses=seen.misses,
         verdicts=seen.verdicts,
         rejections=seen.rejections,
         rollbacks=stats.rollbacks,

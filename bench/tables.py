@@ -160,6 +160,7 @@ def ablation(result: Result) -> str:
                 label(each.condition),
                 speedup_cell(group, each),
                 f"{relative:.2f}",
+                f"{_median(each, lambda record: record.acceptance):.2f}",
                 f"{_median(each, lambda record: record.compute_us / 1e3):.1f}",
                 f"{_median(each, lambda record: record.queue_us / 1e3):.1f}",
                 f"{_median(each, lambda record: record.draft_ms):.1f}",
@@ -169,7 +170,8 @@ def ablation(result: Result) -> str:
                 ),
             ]
         )
-    head = ["", "speed-up, tokens/s", "of full", "verification, ms", "queue, ms", "draft, ms/token"]
+    head = ["", "speed-up, tokens/s", "of full", "acceptance"]
+    head += ["verification, ms", "queue, ms", "draft, ms/token"]
     return table([*head, *(f"paper, {load}" for load in paper.ABLATION)], rows)
 
 

@@ -39,6 +39,11 @@ def test_speed_leaves_the_first_commit_out() -> None:
     assert Record("a", 0, [], 0.0, 0.0, error="lost").tokens_per_s == 0.0
 
 
+def test_drafts_after_a_rejection_say_nothing_about_acceptance() -> None:
+    record = Record("a", 0, [], 0.0, 0.0, drafted=10, accepted=3, misses=1)
+    assert record.acceptance == 0.75
+
+
 async def test_a_metered_link_keeps_every_frame_and_counts_it() -> None:
     first = Draft(0, 5, (1, 2, 3), (0.5, 0.5, 0.5), end_of_round=True)
     second = Draft(1, 7, (4, 8), (0.5,), num_forced=1)
@@ -61,6 +66,7 @@ async def test_a_metered_link_keeps_every_frame_and_counts_it() -> None:
     assert seen.num_drafts_sent == 4  # the forced token is none
     assert seen.draft_bytes == sum(len(codec.edge_to_bytes(each)) for each in (first, second))
     assert (seen.verdicts, seen.num_judged, seen.num_accepted, seen.rejections) == (2, 4, 3, 1)
+    assert seen.misses == 1
     assert seen.rejection_bytes == len(codec.encode_cloud(rejected).SerializeToString())
     assert (seen.queue_us, seen.compute_us) == (200.0, 45_000.0)
     link.reset()
