@@ -138,7 +138,7 @@ class AcceptedChain:
         edge.draft_all(begin_ms)
         num_taken = 1
         while (
-            num_taken < self._scheme.draft_length
+            num_taken < self._scheme.draft_length + self._has_row
             and edge.arrival_ms.get(first + num_taken, float("inf")) <= begin_ms
         ):
             num_taken += 1

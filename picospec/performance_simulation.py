@@ -283,7 +283,8 @@ class Cloud:
         world = self._world
         costs, scheme = world.costs, world.scheme
         keeps_rows = scheme.split and scheme.kept_rows
-        taken = self._queue[: scheme.draft_length]
+        # A draft that the row judges needs no place in the forward's.
+        taken = self._queue[: scheme.draft_length + self._has_row]
         queue_ms = world.now_ms - taken[-1].arrived_ms if taken else 0.0
         if not taken:
             if keeps_rows and scheme.fast_verify and self._head_waits:
