@@ -126,6 +126,7 @@ def _cloud_flags(port: int, settings: dict[str, Any]) -> list[str]:
         "server.keepalive_time_s": LINK_TIMEOUT_S,
         "metrics.enabled": "false",
         "engine.model": model_home() / "target",
+        "engine.max_sparse_k": 1 << 16,  # the whole distribution may travel
         **{f"engine.args.{name}": _flag(value) for name, value in settings.items()},
     }
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]

@@ -2,6 +2,7 @@
 
     engine    a step of the engine outside forward and sampling
     delivery  from a Draft's arrival in the gRPC process to the step that takes it
+    codec     frames to bytes and back, against the same with lists in between
     pipeline  the edge's own time for each drafted token over the bare drafter's
     bytes     on the wire for each output token, HTTP/2 framing included
 
@@ -25,7 +26,8 @@ import numpy as np
 
 from bench.accepting_link import AcceptingLink
 from bench.machine import cloud_core, description, edge_core, pinned
-from bench.relay import CountingRelay
+from bench.wan import Link as WanLink
+from bench.wan import WanRelay
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.generation import GenerationRequest, Generator
@@ -256,30 +258,40 @@ async def _draft_freely(
 async def measure_bytes(address: str, num_tokens: int) -> list[Result]:
     """Bytes for each output token each way: gRPC payloads, and all that crosses TCP."""
     host, port = address.rsplit(":", 1)
-    relay = CountingRelay(host, int(port))
-    link = CloudLink(await relay.start())
     folder = model_home() / "draft-int4"
     drafting = DraftingProcess(DrafterSpec("onnx", str(folder), threads=1, cpu=edge_core()), 2)
-    await drafting.start()
-    rows: list[Result] = []
-    try:
-        card = await link.get_model()
-        for mode in (SPLIT, COUPLED):
-            for fast_verify in (True, False):
-                for draft_length in DRAFT_LENGTHS:
-                    policy = SpeculationPolicy(
-                        mode=mode, draft_length=draft_length, fast_verify=fast_verify
-                    )
-                    rows.append(await _count(relay, link, drafting, card, policy, num_tokens))
-    finally:
-        await drafting.stop()
-        await link.close()
-        await relay.stop()
-    return rows
+    async with WanRelay(host, int(port), WanLink(), WanLink()) as relay:
+        link = CloudLink(f"127.0.0.1:{relay.port}")
+        try:
+            await drafting.start()
+            return await _count_each(relay, link, drafting, num_tokens)
+        finally:
+            await drafting.stop()
+            await link.close()
+
+
+async def _count_each(
+    relay: WanRelay, link: CloudLink, drafting: DraftingProcess, num_tokens: int
+) -> list[Result]:
+    """A row for each mode, form of verification and draft length."""
+    card = await link.get_model()
+    return [
+        await _count(
+            relay,
+            link,
+            drafting,
+            card,
+            SpeculationPolicy(mode=mode, draft_length=draft_length, fast_verify=fast_verify),
+            num_tokens,
+        )
+        for mode in (SPLIT, COUPLED)
+        for fast_verify in (True, False)
+        for draft_length in DRAFT_LENGTHS
+    ]
 
 
 async def _count(
-    relay: CountingRelay,
+    relay: WanRelay,
     link: Link,
     drafting: DraftingProcess,
     card: ModelCard,

@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import paper, plots, tables
+from bench.prediction import predictor
 from bench.results import Result, load
 from bench.scenarios import ABLATION_TEMPERATURE, SWEEP_RTT_MS, Condition
 from bench.tables import Column, Predict, Setting
 
 
-def write(result: Result, folder: Path, predict: Predict | None = None) -> Path:
-    """The report's file; its plots lie beside it. `predict` gives tokens a second."""
+def write(result: Result, folder: Path) -> Path:
+    """The report's file; its plots lie beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plots.draw(result, folder)
     path = folder / f"{result.suite}.md"
+    predict = predictor(result) if result.costs.verify_ms else None
     path.write_text(render(result, pictures, predict))
     return path
 
@@ -51,7 +53,7 @@ def _sections(result: Result, predict: Predict | None) -> Iterator[tuple[str, st
     yield "Time to the first token", "The prompt is in no cache.", "", tables.first_tokens(result)
     yield (
         "Adaptive draft length beside fixed ones",
-        "Greedy. A fixed n drafts one round of n ahead of the one that is judged (window 2n).",
+        "Greedy. A fixed n is the most drafts of one forward; the window is the default.",
         "",
         tables.control(result),
     )
@@ -92,7 +94,13 @@ def _sections(result: Result, predict: Predict | None) -> Iterator[tuple[str, st
         tables.costs(result),
     )
     if predict is not None:
-        yield "Predicted and measured", "", "", tables.predictions(result, predict)
+        yield (
+            "Predicted and measured",
+            "The event simulation (`picospec/performance_simulation.py`), fed by the costs above and "
+            "each condition's own acceptance rate; nothing is fitted to the speed.",
+            "",
+            tables.predictions(result, predict),
+        )
 
 
 def _if_several(result: Result, column: Column, links: set[Setting]) -> str:

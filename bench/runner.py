@@ -22,7 +22,7 @@ from bench.prompts import Prompt, own_prompts, sample
 from bench.results import ConditionResult, Costs, GroupResult, Record, Result
 from bench.scenarios import Condition, Group, Suite, System
 from bench.spreads import first_difference
-from bench.systems import Task, generate, policy, prompt_tokens
+from bench.systems import Task, configured, generate, prompt_tokens
 from picospec.errors import ConfigError
 from picospec.messages import TokenArray
 
@@ -49,7 +49,7 @@ def runnable(suite: Suite) -> tuple[Suite, list[str]]:
         conditions = []
         for condition in group.conditions:
             try:
-                policy(condition)
+                configured(condition)
             except ConfigError as error:
                 left_out.append(f"{group.name}, {condition.name}: {error}")
             else:

@@ -74,7 +74,7 @@ class Condition:
         """Unique within a group.
 
         >>> Condition(System.PICOSPEC, "int4", 20, overrides=fixed(2)).name
-        'picospec int4 draft_length=2 window=4'
+        'picospec int4 draft_length=2'
         """
         words = [self.system.value, *([self.draft] if self.draft else [])]
         return " ".join(words + [f"{key}={value}" for key, value in self.overrides])
@@ -104,11 +104,8 @@ class Suite:
 
 
 def fixed(draft_length: int) -> Overrides:
-    """Rounds of `draft_length`, one drafted ahead of the one that is judged, as in the paper.
-
-    With fast verification each draft travels at once, so that what n bounds is the window.
-    """
-    return (("draft_length", draft_length), ("window", 2 * draft_length))
+    """At most `draft_length` drafts to a forward; the window stays as it is by default."""
+    return (("draft_length", draft_length),)
 
 
 ADAPTIVE: Overrides = (("control", "adaptive"),)

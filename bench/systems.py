@@ -22,8 +22,8 @@ from bench.scenarios import Condition, System
 from edge_agent import config as edge_config
 from edge_agent.drafting.messages import ContextFailed, ContextSpec, Drafted, DraftEvent
 from edge_agent.generation import GenerationRequest
-from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
-from edge_agent.server import policy_of
+from edge_agent.pipeline import SpeculativeGenerator
+from edge_agent.server import control_of, policy_of
 from picospec.messages import (
     EMPTY_TOKENS,
     AssistPolicy,
@@ -98,12 +98,12 @@ async def generate(bed: Bed, condition: Condition, task: Task) -> Record:
         return Record(task.prompt_id, task.order, [], 0.0, 0.0, error=reason)
 
 
-def policy(condition: Condition) -> SpeculationPolicy:
-    """As the edge daemon makes it from its flags. Raises ConfigError for a key it lacks."""
+def configured(condition: Condition) -> edge_config.EdgeConfig:
+    """The edge daemon's configuration. Raises ConfigError for a key it lacks."""
     flags = ["--drafter.model", "unused"]
     for key, value in condition.speculation.items():
         flags += [f"--speculation.{key}", str(value).lower()]
-    return policy_of(edge_config.read(flags, {}))
+    return edge_config.read(flags, {})
 
 
 def sampling(condition: Condition, task: Task) -> SamplingParams:
@@ -208,7 +208,10 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
     before = drafting.drafted_tokens, drafting.drafting_s
     wire = await bed.cloud_relay.counts()
     bed.link.reset()
-    generator = SpeculativeGenerator(bed.link, drafting, lambda: bed.card, policy(condition))
+    config = configured(condition)
+    generator = SpeculativeGenerator(
+        bed.link, drafting, lambda: bed.card, policy_of(config), control=control_of(config)
+    )
     request = GenerationRequest(
         request_id=f"bench-{next(_numbers)}",
         prompt_token_ids=task.prompt_token_ids,

@@ -9,7 +9,7 @@ from bench.results import ConditionResult, GroupResult, Record, Result
 from bench.scenarios import ADAPTIVE, DRAFTS, Condition, System, fixed
 from bench.spreads import mean_absolute_error, spread
 
-Predict = Callable[[ConditionResult], float]  # tokens a second
+Predict = Callable[[ConditionResult], float | None]  # tokens a second, None: not modelled
 Column = Callable[[Condition], str]  # what a column is called
 Setting = tuple[float, float | None, float]  # Condition.link
 Row = Sequence[str]
@@ -266,9 +266,9 @@ def predictions(result: Result, predict: Predict) -> str:
     """Tokens a second, predicted beside measured, and the mean absolute error."""
     rows, guesses, values = [], [], []
     for group, each in result.find(lambda each: each.draft is not None):
-        if each.condition.system is System.EDGE_ONLY:
-            continue
         guess = predict(each)
+        if guess is None:
+            continue
         value = each.spread(lambda record: record.tokens_per_s).median
         guesses.append(guess)
         values.append(value)

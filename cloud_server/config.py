@@ -95,7 +95,13 @@ class EngineConfig:
         64, "most unverified tokens in flight", check=_within(1, 4096), allowed="1..4096"
     )
     max_sparse_k: int = setting(
-        1024, "most pairs in a Rejection", check=_within(1, 65536), allowed="1..65536"
+        1024, "most pairs in a Rejection", check=_within(1, 1 << 24), allowed="1..16777216"
+    )
+    min_step_tokens: int = setting(
+        0,
+        "fewest tokens of a forward, filled up with padding; 0: as measured at the start (CPU)",
+        check=_within(0, 16),
+        allowed="0..16",
     )
     args: dict[str, Any] = setting(
         {}, "further vLLM engine arguments by their own names, e.g. max_model_len"

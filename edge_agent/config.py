@@ -118,10 +118,29 @@ class SpeculationConfig:
         4, "drafts of one round", check=lambda v: 1 <= v <= 64, allowed="1..64"
     )
     window: int = setting(
-        16, "most unverified tokens in flight", check=lambda v: 1 <= v <= 1024, allowed="1..1024"
+        32, "most unverified tokens in flight", check=lambda v: 1 <= v <= 1024, allowed="1..1024"
+    )
+    control: Literal["fixed", "adaptive"] = setting(
+        "fixed",
+        "adaptive: draft_length and window follow what is measured, from the values given here",
     )
     parallel_draft: bool = setting(True, "draft on while verdicts are under way")
     fast_verify: bool = setting(True, "send each draft at once instead of whole rounds")
+    round_timeout_s: float = setting(
+        0.0,
+        "fast_verify off: longest wait for a round to fill before it goes out short; 0: no limit",
+        check=lambda v: 0 <= v <= 60,
+        allowed="0..60",
+    )
+    confidence_stop: float = setting(
+        0.0,
+        "the drafter pauses after a draft it gave a probability below this; 0: never",
+        check=lambda v: 0 <= v < 1,
+        allowed="0..1, 1 excluded",
+    )
+    split_rejection: bool = setting(
+        True, "split: send the sparse Top-K with a rejection; off: the whole distribution travels"
+    )
     exact: bool = setting(True, "split: keep the target's law for any sparse_k")
     sparse_k: int = setting(
         64,

@@ -36,7 +36,8 @@ class GenerationStats:
     output_tokens: int = 0
     drafted_tokens: int = 0  # sent to the cloud and judged
     accepted_tokens: int = 0
-    verdicts: int = 0  # cloud forwards that served this generation
+    verdicts: int = 0
+    forwards: int = 0  # of the target for this generation
     rollbacks: int = 0
     resumes: int = 0  # times the link was lost and the session taken up again
     bytes_up: int = 0  # gRPC message payloads

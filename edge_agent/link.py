@@ -1,7 +1,8 @@
 """The link to the cloud: one gRPC channel, one stream for each generation.
 
 The laws of this file:
-1. `send` never blocks: frames wait in a bounded queue; when it overflows the stream is lost.
+1. `send` never blocks: frames wait in a bounded queue; when it overflows the stream is lost. What
+   waits there of an older epoch is dropped when a newer one begins.
 2. Every wait has an end: connecting, a question's answer, a connection that fell silent
    (keepalive).
 3. `aclose` frees the stream at once, here and in the cloud.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,9 +37,10 @@ from picospec.errors import (
     RemoteOrderError,
     RemoteProtocolError,
 )
-from picospec.messages import CloudFrame, EdgeFrame, ModelCard
+from picospec.messages import CloudFrame, Draft, EdgeFrame, ModelCard
 
 MAX_PENDING_FRAMES = 1024
+_UNDROPPABLE = -1  # stands for the epoch of a frame that must go out
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 KEEPALIVE_TIME_S = 10.0  # of silence, then a ping; the cloud allows one in 5 s
 KEEPALIVE_TIMEOUT_S = 5.0
@@ -178,15 +181,28 @@ class LinkStream:
         self._on_closed = on_closed
         self._connected = False
         self._overflowed = False
-        self._pending: asyncio.Queue[bytes] = asyncio.Queue(MAX_PENDING_FRAMES)
+        self._pending: deque[tuple[int, bytes]] = deque()  # (epoch if it may be dropped, payload)
+        self._epoch = -1  # of the newest draft sent
+        self._has_pending = asyncio.Event()
         self._writer = asyncio.create_task(self._write(), name="link-writer")
 
     def send(self, frame: EdgeFrame) -> None:
-        try:
-            self._pending.put_nowait(codec.edge_to_bytes(frame))
-        except asyncio.QueueFull:
+        epoch = _UNDROPPABLE
+        if isinstance(frame, Draft):
+            if frame.epoch > self._epoch:
+                # The first frame of an epoch stays: epochs must be seen one after the other.
+                self._epoch = frame.epoch
+                self._pending = deque(
+                    waiting for waiting in self._pending if waiting[0] == _UNDROPPABLE
+                )
+            else:
+                epoch = frame.epoch
+        if len(self._pending) >= MAX_PENDING_FRAMES:
             self._overflowed = True
             self._call.cancel()
+            return
+        self._pending.append((epoch, codec.edge_to_bytes(frame)))
+        self._has_pending.set()
 
     async def receive(self) -> CloudFrame | None:
         try:
@@ -230,7 +246,10 @@ class LinkStream:
         # Whatever fails here fails the call, and `receive` says so.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
-                payload = await self._pending.get()
+                while not self._pending:
+                    self._has_pending.clear()
+                    await self._has_pending.wait()
+                _, payload = self._pending.popleft()
                 await self._call.write(payload)
                 self.bytes_up += len(payload)
 

@@ -124,6 +124,14 @@ class EdgeMetrics:
         self._active = Gauge(
             "picospec_edge_active_generations", "Generations running now.", registry=registry
         )
+        self._draft_length = Gauge(
+            "picospec_edge_draft_length",
+            "Draft length that a controller chose last, in tokens.",
+            registry=registry,
+        )
+        self._window = Gauge(
+            "picospec_edge_window", "Window that a controller chose last.", registry=registry
+        )
         self._reachable = Gauge(
             "picospec_edge_cloud_reachable", "1 while the cloud answers.", registry=registry
         )
@@ -159,6 +167,10 @@ class EdgeMetrics:
 
     def resumed(self) -> None:
         self._resumes.inc()
+
+    def planned(self, draft_length: int, window: int) -> None:
+        self._draft_length.set(draft_length)
+        self._window.set(window)
 
     def bytes_up(self, num_bytes: int) -> None:
         self._bytes_up.inc(num_bytes)

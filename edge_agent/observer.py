@@ -45,6 +45,10 @@ class PipelineObserver(Protocol):
         """A lost session was taken up again."""
         ...
 
+    def planned(self, draft_length: int, window: int) -> None:
+        """The controller of a generation changed its lengths, in tokens."""
+        ...
+
 
 class NullObserver:
     """Observes nothing."""
@@ -68,3 +72,5 @@ class NullObserver:
     def bytes_down(self, num_bytes: int) -> None: ...
 
     def resumed(self) -> None: ...
+
+    def planned(self, draft_length: int, window: int) -> None: ...

@@ -17,6 +17,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
+from edge_agent.control import DraftLengthController, DraftPlan, FixedLength
 from edge_agent.drafting.context import DraftContext, Drafting
 from edge_agent.drafting.messages import (
     ContextFailed,
@@ -24,6 +25,7 @@ from edge_agent.drafting.messages import (
     Drafted,
     DraftEvent,
     Exhausted,
+    Paused,
     ProbeNeeded,
     Recovered,
 )
@@ -63,18 +65,31 @@ class SpeculativeGenerator:
         card: Callable[[], ModelCard],
         policy: SpeculationPolicy,
         observer: PipelineObserver | None = None,
+        control: Callable[[], DraftLengthController] | None = None,
     ) -> None:
-        """`card` gives the model served; raises CloudUnavailable, ModelMismatch."""
+        """`card` gives the model served; raises CloudUnavailable, ModelMismatch. `control` makes
+        each generation's controller; without one, lengths stay as in `policy`."""
         self._link = link
         self._drafting = drafting
         self._card = card
         self._policy = policy
         self._observer = observer if observer is not None else NullObserver()
+        self._control = control or (lambda: FixedLength(_plan_of(policy)))
 
     def generate(self, request: GenerationRequest) -> SpeculativeGeneration:
         return SpeculativeGeneration(
-            self._link, self._drafting, self._card, self._policy, self._observer, request
+            self._link,
+            self._drafting,
+            self._card,
+            self._policy,
+            self._observer,
+            self._control(),
+            request,
         )
+
+
+def _plan_of(policy: SpeculationPolicy) -> DraftPlan:
+    return DraftPlan(policy.draft_length, policy.window)
 
 
 class SpeculativeGeneration:
@@ -92,6 +107,7 @@ class SpeculativeGeneration:
         card: Callable[[], ModelCard],
         policy: SpeculationPolicy,
         observer: PipelineObserver,
+        control: DraftLengthController,
         request: GenerationRequest,
     ) -> None:
         self.stats = GenerationStats(
@@ -102,6 +118,9 @@ class SpeculativeGeneration:
         self._card = card
         self._policy = policy
         self._observer = observer
+        self._control = control
+        self._plan = _plan_of(policy)
+        self._drafted = (drafting.drafted_tokens, drafting.drafting_s)  # when last looked at
         self._request = request
         self._session: EdgeSession
         self._context: DraftContext | None = None
@@ -115,6 +134,7 @@ class SpeculativeGeneration:
         self._committed: list[int] = []  # not yet taken by the reader
         self._reason: FinishReason | None = None
         self._error: PicoSpecError | None = None
+        self._timer: asyncio.TimerHandle | None = None  # for the session's deadline
         self._news = asyncio.Event()  # for the reader
         self._closed = False
 
@@ -150,6 +170,7 @@ class SpeculativeGeneration:
             if self._reason is not None:
                 await asyncio.wait({self._task}, timeout=2 * LAST_WORDS_S)
         finally:  # also when the reader is cancelled meanwhile
+            self._stop_timer()
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
@@ -187,6 +208,7 @@ class SpeculativeGeneration:
                 prompt_length=len(request.prompt_token_ids),
                 max_length=len(request.prompt_token_ids) + request.max_tokens,
                 logits_width=card.logits_width,
+                confidence_stop=self._policy.confidence_stop,
             ),
             self._on_draft_event,
         )
@@ -197,10 +219,18 @@ class SpeculativeGeneration:
 
     def _on_draft_event(self, event: DraftEvent) -> None:
         """Called on the event loop, between any two other inputs of the session."""
+        self._guarded(lambda: self._hear(event))
+
+    def _on_deadline(self) -> None:
+        self._timer = None
+        self._guarded(lambda: self._session.tick(self._now()))
+
+    def _guarded(self, cause: Callable[[], list[Effect]]) -> None:
+        """Carry out what follows from `cause`; whatever it raises ends the generation."""
         if self._error is not None or self._closed:
             return
         try:
-            self._execute(self._hear(event))
+            self._execute(cause())
         except PicoSpecError as error:
             self._fail(error)
         except Exception as error:
@@ -215,6 +245,8 @@ class SpeculativeGeneration:
                 return session.drafted(branch, position, token_ids, probs, now)
             case Exhausted(branch, position):
                 return session.exhausted(branch, position, now)
+            case Paused(branch, position):
+                return session.paused(branch, position, now)
             case Recovered(branch, position, token_id):
                 return session.recovered(branch, position, token_id, now)
             case ProbeNeeded(branch, position, attempt):
@@ -259,11 +291,32 @@ class SpeculativeGeneration:
                 self._lost_at = None
                 if session.round_trip_s is not None:
                     self._observer.round_trip(session.round_trip_s)
+                self._steer(frame)
         # The status is on its way here, or Finish on its way there.
         with contextlib.suppress(PicoSpecError, TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):
                 while await stream.receive() is not None:
                     pass
+
+    def _steer(self, verdict: Verdict) -> None:
+        """Tell the controller what was measured, and follow its plan."""
+        control, session, drafting = self._control, self._session, self._drafting
+        before, self._drafted = self._drafted, (drafting.drafted_tokens, drafting.drafting_s)
+        control.drafted(self._drafted[0] - before[0], self._drafted[1] - before[1])
+        if session.round_trip_s is not None:
+            control.round_trip(session.round_trip_s)
+        control.judged(
+            verdict.num_draft_tokens,
+            verdict.num_accepted,
+            verdict.queue_us * 1e-6,
+            verdict.compute_us * 1e-6,
+        )
+        now = self._now()
+        plan = control.plan(now)
+        if plan != self._plan:
+            self._plan = plan
+            self._observer.planned(plan.draft_length, plan.window)
+            self._execute(session.set_length(plan.draft_length, plan.window, now))
 
     async def _resume(self, error: CloudUnavailable | CapacityError) -> None:
         """Take the session up again on a new stream, or raise `error`."""
@@ -296,6 +349,7 @@ class SpeculativeGeneration:
                 self._observer.resumed()
             return
         stats.verdicts += 1
+        stats.forwards += frame.num_forwards
         stats.drafted_tokens += frame.num_draft_tokens
         stats.accepted_tokens += frame.num_accepted
         self._observer.verdict(frame)
@@ -330,6 +384,19 @@ class SpeculativeGeneration:
                     self._context.close()
                     self._stream_opened.set()
                     self._news.set()
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        deadline = self._session.deadline
+        if self._timer is not None and self._timer.when() != deadline:
+            self._stop_timer()
+        if deadline is not None and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_at(deadline, self._on_deadline)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _fail(self, error: PicoSpecError) -> None:
         """End the generation with `error`, unless it has ended."""

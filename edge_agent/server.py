@@ -18,7 +18,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import uvicorn
@@ -27,8 +27,10 @@ from edge_agent.api.admission import Admission
 from edge_agent.api.host import Health
 from edge_agent.api.routes import create_app
 from edge_agent.config import EdgeConfig, ServerConfig
+from edge_agent.control import AdaptiveLength, DraftLengthController, DraftPlan, FixedLength
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
+from edge_agent.estimates import LiveEstimates
 from edge_agent.generation import Generator
 from edge_agent.link import CloudLink
 from edge_agent.metrics import DrafterState, EdgeMetrics
@@ -37,6 +39,7 @@ from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import ConfigError, ModelMismatch
 from picospec.messages import ModelCard, VerificationMode
+from picospec.performance import Scheme
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +77,18 @@ def drafter_state(drafting: DraftingProcess) -> DrafterState:
     return DrafterState(drafting.alive, drafting.restarts, drafting.open_contexts)
 
 
-def check_card(card: ModelCard, tokenizer: Tokenizer, mode: VerificationMode) -> None:
+def check_card(card: ModelCard, tokenizer: Tokenizer, policy: SpeculationPolicy) -> None:
     """Raises ModelMismatch unless this edge can speculate for that cloud."""
     tokenizer.check_pair(card)
-    if mode not in card.modes:
+    if policy.mode not in card.modes:
         served = ", ".join(known.value for known in card.modes)
-        raise ModelMismatch(f"speculation.mode is {mode.value!r}; the cloud serves {served}")
+        raise ModelMismatch(f"speculation.mode is {policy.mode.value!r}; the cloud serves {served}")
+    dense = policy.mode is VerificationMode.SPLIT and not policy.split_rejection
+    if dense and card.limits.max_sparse_k < card.logits_width:
+        raise ModelMismatch(
+            "speculation.split_rejection is false, for which the cloud's engine.max_sparse_k "
+            f"({card.limits.max_sparse_k}) must be at least its logits width ({card.logits_width})"
+        )
 
 
 class EdgeServer:
@@ -126,15 +135,18 @@ class EdgeServer:
                 connect_timeout_s=cloud.connect_timeout_s,
             )
             stack.push_async_callback(link.close)
+            policy = policy_of(config)
             metrics = EdgeMetrics(lambda: drafter_state(drafting), lambda: link.open_streams)
             watch = ModelWatch(
                 link.get_model,
-                lambda card: check_card(card, self._tokenizer, config.speculation.mode),
+                lambda card: check_card(card, self._tokenizer, policy),
                 timeout_s=cloud.connect_timeout_s,
                 poll_interval_s=cloud.poll_interval_s,
                 on_reachable=metrics.cloud_reachable,
             )
-            generator = SpeculativeGenerator(link, drafting, watch.card, policy_of(config), metrics)
+            generator = SpeculativeGenerator(
+                link, drafting, watch.card, policy, metrics, control_of(config)
+            )
             host = EdgeHost(self._tokenizer, generator, watch, drafting)
             watching = asyncio.create_task(watch.run(), name="model-watch")
             stack.callback(watching.cancel)
@@ -236,9 +248,28 @@ def policy_of(config: EdgeConfig) -> SpeculationPolicy:
         window=speculation.window,
         parallel_draft=speculation.parallel_draft,
         fast_verify=speculation.fast_verify,
+        round_timeout_s=speculation.round_timeout_s,
+        confidence_stop=speculation.confidence_stop,
+        split_rejection=speculation.split_rejection,
         exact=speculation.exact,
         sparse_k=speculation.sparse_k,
         assist=speculation.assist,
         resume_attempts=config.cloud.resume_attempts,
         resume_timeout_s=config.cloud.resume_timeout_s,
     )
+
+
+def control_of(config: EdgeConfig) -> Callable[[], DraftLengthController]:
+    """What makes a generation's controller. All learn from each other."""
+    policy = policy_of(config)
+    initial = DraftPlan(policy.draft_length, policy.window)
+    if config.speculation.control == "fixed":
+        return lambda: FixedLength(initial)
+    estimates = LiveEstimates()
+    scheme = Scheme(
+        parallel_draft=policy.parallel_draft,
+        fast_verify=policy.fast_verify,
+        mode=policy.mode,
+        kept_rows=policy.fast_verify,
+    )
+    return lambda: AdaptiveLength(initial, scheme, estimates)

@@ -38,6 +38,7 @@ from picospec.v1 import speculation_pb2 as pb
 # negative number, which validation refuses, for the others.
 _WIRE_TOKEN = np.dtype("<i4")
 _WIRE_PROB = np.dtype("<f4")
+_NARROW_TOKEN = np.dtype("<u2")
 
 _MODES = {
     pb.VERIFICATION_MODE_SPLIT: VerificationMode.SPLIT,
@@ -75,6 +76,7 @@ def encode_edge(frame: EdgeFrame) -> pb.GenerateRequest:
                     num_forced=frame.num_forced,
                     end_of_round=frame.end_of_round,
                     probe=frame.probe,
+                    step_limit=frame.step_limit,
                 )
             )
         case Open():
@@ -97,6 +99,7 @@ def decode_edge(message: pb.GenerateRequest) -> EdgeFrame:
                 num_forced=draft.num_forced,
                 end_of_round=draft.end_of_round,
                 probe=draft.probe,
+                step_limit=draft.step_limit,
             )
         case "open":
             return _decode_open(message.open)
@@ -123,6 +126,7 @@ def encode_cloud(frame: CloudFrame) -> pb.GenerateResponse:
                     num_draft_tokens=frame.num_draft_tokens,
                     queue_us=frame.queue_us,
                     compute_us=frame.compute_us,
+                    num_forwards=frame.num_forwards,
                 )
             )
         case Opened():
@@ -154,6 +158,7 @@ def decode_cloud(message: pb.GenerateResponse) -> CloudFrame:
                 num_draft_tokens=verdict.num_draft_tokens,
                 queue_us=verdict.queue_us,
                 compute_us=verdict.compute_us,
+                num_forwards=verdict.num_forwards,
             )
         case "opened":
             opened = message.opened
@@ -322,7 +327,7 @@ def _decode_open(message: pb.Open) -> Open:
 
 def _encode_rejection(rejection: Rejection) -> pb.Rejection:
     return pb.Rejection(
-        token_ids=_token_bytes(rejection.token_ids),
+        token_ids=_law_token_bytes(rejection.token_ids),
         probs=np.asarray(rejection.probs, _WIRE_PROB).tobytes(),
         tail_mass=rejection.tail_mass,
         tail_token_id=rejection.tail_token_id,
@@ -331,13 +336,31 @@ def _encode_rejection(rejection: Rejection) -> pb.Rejection:
 
 
 def _decode_rejection(message: pb.Rejection) -> Rejection:
+    probs = _floats(message.probs, "verdict.rejection.probs")
     return Rejection(
-        token_ids=_tokens(message.token_ids, "verdict.rejection.token_ids"),
-        probs=_floats(message.probs, "verdict.rejection.probs"),
+        token_ids=_law_tokens(message.token_ids, len(probs), "verdict.rejection.token_ids"),
+        probs=probs,
         tail_mass=message.tail_mass,
         tail_token_id=message.tail_token_id,
         tail_prob=message.tail_prob,
     )
+
+
+def _law_token_bytes(token_ids: TokenArray) -> bytes:
+    """The ids of a law as briefly as they can be packed; none for 0, 1, 2 ..."""
+    size = len(token_ids)
+    if token_ids[-1] == size - 1 and (token_ids == np.arange(size)).all():
+        return b""
+    narrow = int(token_ids.max()) <= np.iinfo(_NARROW_TOKEN).max
+    return token_ids.astype(_NARROW_TOKEN if narrow else _WIRE_TOKEN, copy=False).tobytes()
+
+
+def _law_tokens(data: bytes, size: int, field: str) -> TokenArray:
+    if not data:
+        return np.arange(size, dtype=np.int32)
+    if len(data) == size * _NARROW_TOKEN.itemsize:
+        return np.frombuffer(data, _NARROW_TOKEN).astype(np.int32)
+    return _tokens(data, field)
 
 
 def _token_bytes(token_ids: TokenArray) -> bytes:

@@ -29,6 +29,7 @@ class DraftChain:
     """
 
     def __init__(self, position: int, *, split: bool, draft_length: int, fast_verify: bool) -> None:
+        """`draft_length`: drafts a round, or, with `fast_verify`, most that one forward judges."""
         self.position = position
         self._split = split
         self._draft_length = draft_length
@@ -44,6 +45,16 @@ class DraftChain:
         self._sent_end = 0
         self._round_fill = 0  # drafts sent of the current round
         self._sent_at: deque[tuple[int, float]] = deque()  # (end position, time) of each frame
+        self._limit_untold = self._fast_verify  # the cloud does not know draft_length yet
+
+    @property
+    def draft_length(self) -> int:
+        return self._draft_length
+
+    @draft_length.setter
+    def draft_length(self, draft_length: int) -> None:
+        self._limit_untold |= self._fast_verify and draft_length != self._draft_length
+        self._draft_length = draft_length
 
     def __len__(self) -> int:
         return len(self._drafts)
@@ -57,6 +68,11 @@ class DraftChain:
     def in_flight(self) -> int:
         """Drafts that were sent."""
         return max(0, self._sent_end - self.position)
+
+    @property
+    def unsent(self) -> int:
+        """Drafts that were not sent."""
+        return self.end - max(self._sent_end, self.position)
 
     def extend(self, token_ids: Sequence[int], probs: Sequence[float]) -> None:
         """`probs` has the q of each in split mode. Raises ValueError if it has not."""
@@ -104,20 +120,22 @@ class DraftChain:
         only full ones, unless the round is over."""
         frames = []
         if self._head is not None and self._fast_verify:
-            frames.append(self._frame(0, now))
-        while unsent := self.end - max(self._sent_end, self.position):
-            size = min(unsent, size_max)
+            frames.append(self._frame(0, size_max, now))
+        while self.unsent:
+            size = min(self.unsent, size_max)
             if not self._fast_verify:
                 size = min(size, self._draft_length)
                 if size < min(self._draft_length, size_max) and not round_is_over:
                     break
-            frames.append(self._frame(size, now))
+            frames.append(self._frame(size, size_max, now))
         if self._head is not None and round_is_over:
-            frames.append(self._frame(0, now))
+            frames.append(self._frame(0, size_max, now))
         return frames
 
-    def _frame(self, num_drafts: int, now: float) -> Draft:
+    def _frame(self, num_drafts: int, size_max: int, now: float) -> Draft:
         """The next unsent drafts, after the head if it is still to go."""
+        step_limit = min(self._draft_length, size_max) if self._limit_untold else 0
+        self._limit_untold = False
         base = max(self._sent_end, self.position)
         drafts = self._drafts[base - self.position :][:num_drafts]
         head = () if self._head is None else (self._head,)
@@ -136,6 +154,7 @@ class DraftChain:
             tuple(prob for _, prob in drafts) if self._split else (),
             num_forced=len(head),
             end_of_round=end_of_round,
+            step_limit=step_limit,
         )
 
     def probe(self, number: int) -> Draft:

@@ -97,6 +97,7 @@ class DraftQueue:
         self._queued: list[_Queued] = []
         self._num_taken = 0  # drafts in the last Work
         self._round_end = 0  # where the last whole round ends
+        self._step_limit = 0  # most drafts in a Work; 0 = the caller's to say
         self._probe = 0
         self._probe_position = 0
         self._probe_arrived_s = 0.0
@@ -127,6 +128,7 @@ class DraftQueue:
         elif draft.epoch < self._epoch:
             self.stale_tokens += len(draft.token_ids)
             return None
+        self._step_limit = draft.step_limit or self._step_limit
         self._settle()
         end = self._base + len(self._queued)
         # Tokens of the frame already known: queued, committed, or committed by this call.
@@ -156,6 +158,8 @@ class DraftQueue:
     def take(self, num_tokens_max: int) -> Work | None:
         """What the next step should judge, at most `num_tokens_max` drafts; None = nothing.
 
+        Nor more than the edge has asked for in Draft.step_limit.
+
         Looks only: the same is returned until `judged`, or until more has arrived. A split
         probe goes first, since its answer ends the epoch; a coupled one is answered by the
         verdict on drafts as well.
@@ -164,6 +168,8 @@ class DraftQueue:
         self._num_taken = 0
         position = len(self._committed)
         num_ready = min(self._num_ready(), max(0, num_tokens_max))
+        if self._step_limit:
+            num_ready = min(num_ready, self._step_limit)
         if self._has_probe() and (self._split or not num_ready):
             return Work(self.epoch, position, probe=self._probe, arrived_s=self._probe_arrived_s)
         if not num_ready:

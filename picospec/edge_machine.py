@@ -23,9 +23,12 @@ class SpeculationPolicy:
 
     mode: VerificationMode = VerificationMode.SPLIT
     draft_length: int = 4  # tokens a round
-    window: int = 16  # most unverified tokens
+    window: int = 32  # most unverified tokens
     parallel_draft: bool = True  # off: draft a round, wait for its verdict (vanilla)
     fast_verify: bool = True  # off: whole rounds travel and are verified as one
+    round_timeout_s: float = 0.0  # whole rounds: longest wait for one to fill; 0 = no limit
+    confidence_stop: float = 0.0  # the drafter pauses below this confidence; 0 = never
+    split_rejection: bool = True  # split: off sends all of P with a rejection
     exact: bool = True  # split: off truncates P to its Top-K
     sparse_k: int = 64  # split: most pairs in a rejection
     assist: AssistPolicy = AssistPolicy.NEVER  # coupled only
@@ -76,7 +79,7 @@ class Recover:
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """The drafter may draft for positions below `limit`."""
+    """The drafter may draft for positions below `limit`; one that has paused goes on."""
 
     limit: int
 
@@ -108,6 +111,7 @@ class EdgeEvent(enum.Enum):
     START = "start"
     DRAFTED = "drafted"
     EXHAUSTED = "exhausted"
+    PAUSED = "paused"
     RECOVERED = "recovered"
     PROBE_NEEDED = "probe needed"
     OPENED = "opened"
@@ -127,6 +131,7 @@ TRANSITIONS: dict[tuple[EdgeState, EdgeEvent], EdgeState] = {
     (_S.NEW, _E.START): _S.DRAFTING,
     (_S.DRAFTING, _E.DRAFTED): _S.DRAFTING,
     (_S.DRAFTING, _E.EXHAUSTED): _S.DRAFTING,
+    (_S.DRAFTING, _E.PAUSED): _S.DRAFTING,
     (_S.DRAFTING, _E.OPENED): _S.DRAFTING,
     (_S.DRAFTING, _E.VERDICT): _S.DRAFTING,
     (_S.DRAFTING, _E.REJECTION): _S.RECOVERING,
@@ -142,6 +147,7 @@ TRANSITIONS: dict[tuple[EdgeState, EdgeEvent], EdgeState] = {
     (_S.PROBING, _E.LINK_LOST): _S.OFFLINE_PROBING,
     (_S.OFFLINE, _E.DRAFTED): _S.OFFLINE,
     (_S.OFFLINE, _E.EXHAUSTED): _S.OFFLINE,
+    (_S.OFFLINE, _E.PAUSED): _S.OFFLINE,
     (_S.OFFLINE, _E.FINISH): _S.FINISHED,
     (_S.OFFLINE, _E.LINK_LOST): _S.OFFLINE,
     (_S.OFFLINE, _E.RESUME): _S.DRAFTING,

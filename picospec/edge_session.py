@@ -1,9 +1,10 @@
 """The edge's side of one generation. Sans I/O; time is passed in, in seconds.
 
 The rules of this file:
-1. Inputs come from the drafter (`drafted`, `exhausted`, `recovered`, `probe_needed`), from the
-   cloud (`receive`), from the link (`link_lost`, `resume`) and from the caller (`start`,
-   `cancel`). Each returns the effects to carry out, in order; nothing else changes state.
+1. Inputs come from the drafter (`drafted`, `exhausted`, `paused`, `recovered`, `probe_needed`),
+   from the cloud (`receive`), from the link (`link_lost`, `resume`), from the clock (`tick`, due
+   at `deadline`) and from the caller (`start`, `set_length`, `cancel`). Each returns the effects
+   to carry out, in order; nothing else changes state.
 2. The output grows by what a Verdict commits and by the recovered token, at its end only.
 3. The chain is what the drafter has drafted after the output, all of it unjudged. Whatever
    contradicts it starts a new *branch* (the drafter's number) and, if any frame of the current
@@ -76,7 +77,8 @@ class EdgeSession:
         self._card = card
         self._policy = policy
         self._split = policy.mode is VerificationMode.SPLIT
-        self._window = min(policy.window, card.limits.max_window)
+        self._window_max = card.limits.max_window
+        self._window = min(policy.window, self._window_max)
         self._max_frame = card.limits.max_draft_tokens
         self._length_max = min(len(prompt_token_ids) + max_tokens, card.max_model_len)
 
@@ -92,6 +94,8 @@ class EdgeSession:
             fast_verify=policy.fast_verify,
         )
         self._exhausted = False  # the drafter has nothing to propose after the chain
+        self._paused = False  # the drafter waits for a verdict on the chain
+        self._round_since: float | None = None  # whole rounds: when the first unsent draft came
         self._limit = 0  # the drafter's
         self._round_limit = 0  # not parallel: where the current round ends
         self._judged = True  # RECOVERING, PROBING: whether a draft was rejected
@@ -119,6 +123,27 @@ class EdgeSession:
         """Open the first stream."""
         self._move(EdgeEvent.START)
         return [Send(self._open()), *self._advance(now)]
+
+    def set_length(self, draft_length: int, window: int, now: float) -> list[Effect]:
+        """Speculate on with these; the cloud's limits cap them. At any time."""
+        self._window = min(window, self._window_max)
+        self._chain.draft_length = min(draft_length, self._window)
+        return self._advance(now)
+
+    @property
+    def deadline(self) -> float | None:
+        """When `tick` is due: a round that takes too long then goes out as it is."""
+        timeout_s = self._policy.round_timeout_s
+        if self._round_since is None or not timeout_s or self.state is not EdgeState.DRAFTING:
+            return None
+        return self._round_since + timeout_s
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time has passed."""
+        deadline = self.deadline
+        if deadline is None or now < deadline or self._asked is not None:
+            return []
+        return self._send_due(now, round_is_over=True)
 
     def cancel(self) -> list[Effect]:
         """The answer is not wanted any more; idempotent."""
@@ -179,6 +204,16 @@ class EdgeSession:
         self._exhausted = True
         return self._advance(now)
 
+    def paused(self, branch: int, position: int, now: float) -> list[Effect]:
+        """The drafter is not sure of its last draft, and waits at the end of the chain."""
+        if self._is_stale(branch, EdgeEvent.PAUSED):
+            return []
+        self._require_position(position, self._chain.end)
+        self._paused = True
+        if not len(self._chain):
+            self._unpause()  # all of it was accepted meanwhile
+        return self._advance(now)
+
     def recovered(self, branch: int, position: int, token_id: int, now: float) -> list[Effect]:
         """The recovered token is drawn: it is committed."""
         reopening = self.state is EdgeState.REOPENING
@@ -233,7 +268,8 @@ class EdgeSession:
                 "opened.first_position",
             )
         self._opened = True
-        self._window = min(self._window, opened.window)
+        self._window_max = min(self._window_max, opened.window)
+        self._window = min(self._window, self._window_max)
         self._max_frame = min(self._max_frame, opened.max_draft_tokens)
         return []
 
@@ -256,7 +292,7 @@ class EdgeSession:
         if accepted + len(verdict.token_ids) > self._length_max - self.position:
             raise RemoteProtocolError("More tokens than were asked for", "verdict.token_ids")
         # The last position may leave the cloud no room to verify a draft.
-        last = verdict.finish_reason is not None and not accepted
+        last = verdict.finish_reason is not None
         if self._split and verdict.token_ids and not self._awaits_first and not last:
             raise RemoteOrderError("In split mode the edge recovers", "verdict.token_ids")
         if verdict.rejection is not None and self._asked is None and accepted >= self.in_flight:
@@ -285,6 +321,8 @@ class EdgeSession:
             return [*effects, recover]
         if effects:
             self._asked = None  # coupled: the probed position is committed
+            if self._paused:
+                self._unpause()
         if own:
             self._branch_off(judged_end)
             effects.append(Rollback(self.branch, agreed, own))
@@ -298,14 +336,19 @@ class EdgeSession:
         if self.state in (EdgeState.DRAFTING, EdgeState.OFFLINE):
             effects += self._allow()
         if self.state is EdgeState.DRAFTING and self._asked is None:
-            frames = self._chain.frames(
-                self._max_frame, round_is_over=self._round_is_over(), now=now
-            )
+            effects += self._send_due(now, round_is_over=self._round_is_over())
             if self._exhausted and not len(self._chain) and not self._awaits_first:
                 self._asked = (0, False)
-                frames.append(self._chain.probe(1))
-            effects += map(Send, frames)
+                effects.append(Send(self._chain.probe(1)))
         return effects
+
+    def _send_due(self, now: float, *, round_is_over: bool) -> list[Effect]:
+        frames = self._chain.frames(self._max_frame, round_is_over=round_is_over, now=now)
+        if not self._chain.unsent:
+            self._round_since = None
+        elif self._round_since is None or frames:
+            self._round_since = now
+        return [Send(frame) for frame in frames]
 
     def _allow(self) -> list[Effect]:
         if self._exhausted:
@@ -313,7 +356,7 @@ class EdgeSession:
         limit = self.position + self._window
         if not self._policy.parallel_draft:
             if not len(self._chain) and self.position >= self._round_limit:
-                self._round_limit = self.position + min(self._policy.draft_length, self._window)
+                self._round_limit = self.position + min(self._chain.draft_length, self._window)
             limit = self._round_limit
         limit = min(limit, self._length_max)
         if limit <= self._limit:
@@ -321,10 +364,16 @@ class EdgeSession:
         self._limit = limit
         return [Allow(limit)]
 
+    def _unpause(self) -> None:
+        """Have `_allow` tell the drafter to go on, even if its limit stays."""
+        self._paused = False
+        self._limit = min(self._limit, self._chain.end)
+
     def _round_is_over(self) -> bool:
         """Whether the drafter can add nothing to the chain before something is judged."""
         blocked = self._chain.end >= self._limit and not self.in_flight
-        return self._exhausted or blocked or self._chain.end >= self._length_max
+        stopped = self._exhausted or self._paused
+        return stopped or blocked or self._chain.end >= self._length_max
 
     def _open(self) -> Open:
         policy = self._policy
@@ -338,7 +387,11 @@ class EdgeSession:
             max_tokens=self._max_tokens,
             stop_token_ids=tuple(sorted(self._stop_token_ids)),
             exact=policy.exact,
-            sparse_k=min(policy.sparse_k, self._card.limits.max_sparse_k),
+            sparse_k=(
+                min(policy.sparse_k, self._card.limits.max_sparse_k)
+                if policy.split_rejection
+                else 0
+            ),
             assist=AssistPolicy.NEVER if self._split else policy.assist,
             verify_whole_rounds=not policy.fast_verify,
             probe=self._asked[0] + 1 if probing and self._asked is not None else 0,
@@ -349,7 +402,8 @@ class EdgeSession:
         """Give up the chain, of which the drafts before `judged_end` were judged."""
         self.stale_tokens += self._chain.branch_off(judged_end)
         self.branch += 1
-        self._exhausted = False
+        self._exhausted = self._paused = False
+        self._round_since = None
         self._round_limit = 0
 
     def _commit(self, num_kept: int, own: tuple[int, ...]) -> list[Effect]:

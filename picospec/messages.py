@@ -8,7 +8,7 @@ arrays that may be long are read-only numpy arrays (int32 token ids, float32 pro
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,6 +122,8 @@ class Draft:
     num_forced: int = 0
     end_of_round: bool = False
     probe: int = 0
+    # Most drafts judged by one forward from now on, 0: as before. How, not what: not compared.
+    step_limit: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ class Opened:
 class Rejection:
     """P at the rejected position: its Top-K set S, the tail's mass, one draw from the tail."""
 
-    token_ids: TokenArray  # [k] most probable first
+    token_ids: TokenArray  # [k] most probable first, or all in order of the ids
     probs: ProbArray  # [k]
     tail_mass: float = 0.0
     tail_token_id: int = 0
@@ -169,6 +171,7 @@ class Verdict:
     num_draft_tokens: int = 0
     queue_us: int = 0
     compute_us: int = 0
+    num_forwards: int = 0  # of the target since the last verdict
 
 
 EdgeFrame = Open | Draft | Finish

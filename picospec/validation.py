@@ -64,9 +64,10 @@ def check_open(request: Open, card: ModelCard) -> None:
         "open.stop_token_ids",
     )
     if request.mode is VerificationMode.SPLIT:
+        most = card.limits.max_sparse_k
         _require(
-            1 <= request.sparse_k <= card.limits.max_sparse_k,
-            f"{request.sparse_k} is not in 1 .. {card.limits.max_sparse_k}",
+            1 <= request.sparse_k <= most or (request.sparse_k == 0 and most >= card.logits_width),
+            f"{request.sparse_k} is not in 1 .. {most}",
             "open.sparse_k",
         )
         _require(request.assist is AssistPolicy.NEVER, "Coupled mode only", "open.assist")
@@ -159,6 +160,11 @@ def check_draft(draft: Draft, card: ModelCard, mode: VerificationMode) -> None:
             f"{draft.probe} is no probe in {mode.value} mode, and there are no tokens",
             "draft.probe",
         )
+    _require(
+        0 <= draft.step_limit <= card.limits.max_draft_tokens,
+        f"{draft.step_limit} is not in 0 .. {card.limits.max_draft_tokens}",
+        "draft.step_limit",
+    )
     _require(
         draft.base_position >= 1 and draft.base_position + num_tokens <= card.max_model_len,
         f"The model's positions end at {card.max_model_len}",

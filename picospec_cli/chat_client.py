@@ -54,7 +54,7 @@ class Answer:
                 if drafted
                 else "no drafts judged",
                 f"mean accepted length {accepted / max(1, verdicts):.2f}",
-                f"{verdicts / tokens:.2f} cloud forwards/token",
+                f"{speculation['forwards'] / tokens:.2f} cloud forwards/token",
                 f"{speculation['bytes_up'] / tokens:.0f} bytes up and "
                 f"{speculation['bytes_down'] / tokens:.0f} down per token",
                 f"{speculation['mode']} mode",

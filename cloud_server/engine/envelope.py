@@ -18,12 +18,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from cloud_server.engine.interface import EngineEvent, EngineStats
+from cloud_server.engine.step_padding import Padding
 from cloud_server.engine.verification import StepKind, StepResult
 from picospec.errors import NumericalError
 from picospec.messages import Draft, Open
 
 _KEY = "picospec"
+MIN_STEP_TOKENS = "picospec_min_step_tokens"  # in vLLM's additional_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,10 @@ class StepPlan:
 
     kind: StepKind
     position: int  # of the first logits row
+    num_drafts: int = 0  # those scheduled beyond are padding
     draft_probs: tuple[float, ...] = ()  # split, one for each draft
     attempt: int = 0  # number of the tail sample, for a probe
+    keep_row: bool = False  # hand out the row after the last draft, if all are accepted
 
 
 @dataclass(slots=True)
@@ -62,6 +68,8 @@ class StepOutcome:
     """What the worker decided, and what it took: the forward with its logits, and the judging."""
 
     results: dict[str, StepResult | NumericalError] = field(default_factory=dict)
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)  # each [1, vocab_size]
+    padding: Padding | None = None  # what forwards are faster longer; with the first step
     forward_s: float = 0.0
     sampling_s: float = 0.0
 

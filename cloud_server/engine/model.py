@@ -14,6 +14,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
 from cloud_server.config import EngineConfig
+from cloud_server.engine.envelope import MIN_STEP_TOKENS
 from picospec import PROTOCOL_VERSION
 from picospec.errors import ConfigError
 from picospec.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
@@ -66,6 +67,10 @@ def build_vllm_config(config: EngineConfig) -> VllmConfig:
                 **arguments,
                 **_REQUIRED,
                 "model": config.model,
+                "additional_config": {
+                    **arguments.get("additional_config", {}),
+                    MIN_STEP_TOKENS: config.min_step_tokens,
+                },
                 "speculative_config": {
                     "method": "custom_class",
                     "model": "cloud_server.engine.proposer.NullProposer",

@@ -2,8 +2,9 @@
 
 A session is one vLLM request for the whole generation. What changes its state:
   - `add_request` opens it, and hands a delivered Draft to its `DraftQueue`;
-  - `schedule` turns queued drafts into the request's `spec_token_ids`, holds sessions that have
-    nothing to judge, and tells the worker what each session's logits rows are for;
+  - `schedule` judges by kept rows (engine_session.py), turns queued drafts into the request's
+    `spec_token_ids`, holds sessions that have nothing to judge, and tells the worker what each
+    session's logits rows are for;
   - `update_from_output` lets vLLM commit what was accepted and reports a Verdict.
 Nothing else may. A held session keeps its KV cache and costs no step; when memory is short it is
 evicted (least recently used first), to be prefilled again when its edge speaks up.
@@ -18,7 +19,6 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -29,6 +29,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.engine import FinishReason as VLLMFinishReason
 from vllm.v1.request import Request, RequestStatus
 
+from cloud_server.engine.engine_session import EngineSession
 from cloud_server.engine.envelope import (
     Delivery,
     StepOutcome,
@@ -38,48 +39,16 @@ from cloud_server.engine.envelope import (
     wrap,
 )
 from cloud_server.engine.interface import EngineEvent, EngineStats
-from cloud_server.engine.verification import StepKind, StepResult
-from picospec.draft_queue import DraftQueue, Work
+from cloud_server.engine.step_padding import Padding
+from cloud_server.engine.verification import StepKind, StepResult, VerificationLaw
+from picospec.draft_queue import DraftQueue
 from picospec.errors import NumericalError
-from picospec.messages import AssistPolicy, FinishReason, Open, Opened, Verdict, VerificationMode
+from picospec.messages import AssistPolicy, FinishReason, Open, Opened, Rejection, Verdict
 
 _FINISH_REASONS = {
     VLLMFinishReason.STOP: FinishReason.STOP,
     VLLMFinishReason.LENGTH: FinishReason.LENGTH,
 }
-
-
-@dataclass(slots=True, eq=False)
-class EngineSession:
-    """A generation as the scheduler sees it."""
-
-    request: Request
-    opening: Open
-    queue: DraftQueue
-    opened: bool = False  # the edge has been told that the prompt is in
-    work: Work | None = None  # what the running step was asked to judge
-    unseen_forced: list[int] = field(default_factory=list)  # appended, not in the worker yet
-    last_step: int = 0  # in which it was scheduled, for least-recently-used eviction
-
-    @property
-    def split(self) -> bool:
-        return self.opening.mode is VerificationMode.SPLIT
-
-    @property
-    def prefilling(self) -> bool:
-        return not self.opened or self.request.num_computed_tokens < self.request.num_tokens - 1
-
-    @property
-    def speaks(self) -> bool:
-        """Whether its edge has asked for something: the prompt's prefill, or a judgement."""
-        return not self.opened or self.queue.has_work
-
-    @property
-    def has_own_step(self) -> bool:
-        """Whether a step can bring it forward, whatever its assist policy."""
-        if self.speaks:
-            return True
-        return self.request.status == RequestStatus.RUNNING and self.prefilling
 
 
 class VerificationScheduler(Scheduler):
@@ -93,6 +62,10 @@ class VerificationScheduler(Scheduler):
         self.num_spec_tokens = 0
         self._sessions: dict[str, EngineSession] = {}
         self._events: dict[int, list[EngineCoreOutput]] = {}  # to send with the next outputs
+        self._flushed = False  # the last step was empty, for the sake of the events
+        self._padding: Padding = {}  # the worker tells with its first step
+        # With more workers than this process holds, rows would have to travel.
+        self._keep_rows = self.vllm_config.parallel_config.world_size == 1
         self._step_started_s = 0.0
         self._step_idle = True  # before the step was composed
         self._totals: Counter[str] = Counter()
@@ -109,15 +82,16 @@ class VerificationScheduler(Scheduler):
             return
         super().add_request(request)
         if isinstance(value, Open):
-            self._sessions[request.request_id] = EngineSession(
+            whole_rounds = value.verify_whole_rounds
+            session = EngineSession(
                 request,
                 value,
-                DraftQueue(
-                    value.mode,
-                    request.all_token_ids,
-                    verify_whole_rounds=value.verify_whole_rounds,
-                ),
+                DraftQueue(value.mode, request.all_token_ids, verify_whole_rounds=whole_rounds),
+                VerificationLaw.of(value, self.vllm_config.model_config.get_vocab_size()),
+                keeps_rows=False,
             )
+            session.keeps_rows = self._keep_rows and session.split and not whole_rounds
+            self._sessions[request.request_id] = session
 
     def _deliver(self, delivery: Delivery) -> None:
         session = self._sessions.get(delivery.session_key)
@@ -127,24 +101,56 @@ class VerificationScheduler(Scheduler):
         recovered = session.queue.add(delivery.draft, delivery.arrived_s)
         self._totals["stale"] += session.queue.stale_tokens - stale
         if recovered is not None:
-            self._append_recovered(session, recovered)
+            reason = self._commit(session, recovered)
+            if reason is not None:
+                self._tell(session, session.request.num_tokens, finish_reason=reason)
 
-    def _append_recovered(self, session: EngineSession, token_id: int) -> None:
-        """Commit the token that the edge drew after a rejection."""
+    def _commit(self, session: EngineSession, token_id: int) -> FinishReason | None:
+        """Append a token that no step sampled: recovered by the edge, or a draft that a row judged.
+
+        Every token before it has been forwarded: the row it was judged by came from that.
+        Returns why the output ends with it; then the session is gone.
+        """
         request = session.request
         request.append_output_token_ids(token_id)
         session.unseen_forced.append(token_id)
+        session.extended()
         if request.status == RequestStatus.RUNNING:
-            # Every token before it has been forwarded: the rejection came from their logits.
             request.num_computed_tokens = request.num_tokens - 1
         status = request.status
-        if check_stop(request, self.max_model_len):
-            finished, request.status = request.status, status
-            stopped = finished == RequestStatus.FINISHED_STOPPED
-            reason = FinishReason.STOP if stopped else FinishReason.LENGTH
-            self.finish_requests(request.request_id, finished)
-            verdict = Verdict(session.queue.epoch, request.num_tokens, finish_reason=reason)
-            self._emit(request, [verdict])
+        if not check_stop(request, self.max_model_len):
+            return None
+        finished, request.status = request.status, status
+        self.finish_requests(request.request_id, finished)
+        stopped = finished == RequestStatus.FINISHED_STOPPED
+        return FinishReason.STOP if stopped else FinishReason.LENGTH
+
+    def _tell(
+        self,
+        session: EngineSession,
+        position: int,
+        *,
+        num_drafts: int = 0,
+        num_accepted: int = 0,
+        rejection: Rejection | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> None:
+        """Emit a verdict that no forward belongs to."""
+        queue_us = 0
+        if num_drafts:
+            queue_us = max(0, int((self._step_started_s - session.arrived_s) * 1e6))
+        verdict = Verdict(
+            epoch=session.queue.epoch,
+            position=position,
+            num_accepted=num_accepted,
+            rejection=rejection,
+            finish_reason=finish_reason,
+            num_draft_tokens=num_drafts,
+            queue_us=queue_us,
+            num_forwards=session.num_forwards,
+        )
+        session.num_forwards = 0
+        self._emit(session.request, [verdict])
 
     def _emit(self, request: Request, events: Sequence[EngineEvent]) -> None:
         self._events.setdefault(request.client_index, []).append(
@@ -193,12 +199,57 @@ class VerificationScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._step_started_s = time.monotonic()
+        for session in list(self._sessions.values()):
+            if session.row is not None:
+                self._judge_by_row(session)
+        if self._events and not self._flushed:
+            return self._empty_step()
+        self._flushed = False
         self._step_idle = self._idle()
-        held = [session for session in self._running_sessions() if not self._plan(session)]
+        running = self._running_sessions()
+        held = [session for session in running if not self._plan(session)]
+        if self._padding:
+            self._pad([session for session in running if session not in held])
         self._make_room(held)
         output = super().schedule(*args, **kwargs)
         output.picospec = self._describe(output)  # type: ignore[attr-defined]
         return output
+
+    def _empty_step(self) -> SchedulerOutput:
+        """A step without a forward, so that what is decided does not wait for one."""
+        self._flushed = True
+        output = SchedulerOutput.make_empty()
+        output.picospec = VerificationStep()  # type: ignore[attr-defined]
+        return output
+
+    def _judge_by_row(self, session: EngineSession) -> None:
+        """Judge the draft or answer the probe that has arrived at the row's position, if one has.
+
+        What is accepted is forwarded next and told with the verdict on what comes with it.
+        """
+        work = session.queue.take(1)
+        if work is None:
+            return
+        session.arrived_s = work.arrived_s
+        try:
+            result = session.judge_by_row(work)
+        except NumericalError as error:
+            self.finish_requests(session.request.request_id, RequestStatus.FINISHED_ERROR)
+            self._emit(session.request, [error])
+            return
+        num_drafts = len(work.token_ids)
+        if result.rejection is not None:
+            session.queue.judged(rejected=True)
+            self._tell(session, work.position, num_drafts=num_drafts, rejection=result.rejection)
+            return
+        reason = self._commit(session, work.token_ids[0])
+        session.queue.judged()
+        if reason is None:
+            session.num_by_row += 1
+            return
+        self._tell(
+            session, work.position, num_drafts=num_drafts, num_accepted=1, finish_reason=reason
+        )
 
     def _running_sessions(self) -> list[EngineSession]:
         return [
@@ -222,6 +273,23 @@ class VerificationScheduler(Scheduler):
         if session.work is not None:
             request.spec_token_ids = list(session.work.token_ids)
         return True
+
+    def _pad(self, sessions: list[EngineSession]) -> None:
+        """Fill the coming step up, if it is one of few tokens and the table says so."""
+        if not sessions or self.waiting or any(session.prefilling for session in sessions):
+            return
+        requests = [session.request for session in sessions]
+        num_tokens = sum(1 + len(request.spec_token_ids) for request in requests)
+        num_extra = self._padding.get(num_tokens, num_tokens) - num_tokens
+        for request in requests:
+            length = request.num_tokens + len(request.spec_token_ids)
+            room = min(
+                self._max_draft_tokens - len(request.spec_token_ids),
+                self.max_model_len - 1 - length,
+            )
+            if 0 < num_extra <= room:
+                request.spec_token_ids = request.spec_token_ids + [0] * num_extra
+                return
 
     def _room(self, request: Request) -> int:
         """Most drafts that the request's remaining length can use in one step."""
@@ -257,7 +325,7 @@ class VerificationScheduler(Scheduler):
         ):
             victim = held.pop().request
             self.running.remove(victim)
-            super()._preempt_request(victim, self._step_started_s)
+            self._evict(victim, self._step_started_s)
             self._totals["evicted"] += 1
 
     def _describe(self, output: SchedulerOutput) -> VerificationStep:
@@ -272,8 +340,9 @@ class VerificationScheduler(Scheduler):
                 step.forced[request_id] = session.unseen_forced
                 session.unseen_forced = []
             if not session.request.is_prefill_chunk:
-                num_drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
-                plan = self._plan_rows(session, num_drafts)
+                num_scheduled = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+                num_drafts = len(session.work.token_ids) if session.work is not None else 0
+                plan = self._plan_rows(session, min(num_drafts, num_scheduled))
                 if plan is not None:
                     step.plans[request_id] = plan
         return step
@@ -284,7 +353,13 @@ class VerificationScheduler(Scheduler):
         work = session.work
         if num_drafts:
             assert work is not None
-            return StepPlan(StepKind.DRAFTS, position, work.draft_probs[:num_drafts])
+            return StepPlan(
+                StepKind.DRAFTS,
+                position,
+                num_drafts,
+                work.draft_probs[:num_drafts],
+                keep_row=session.keeps_rows,
+            )
         if not session.split:
             return StepPlan(StepKind.DRAFTS, position)
         if not session.opened:
@@ -296,6 +371,8 @@ class VerificationScheduler(Scheduler):
         if self._room(session.request) < 1:
             # No room to verify a draft for the last position: the cloud draws it itself.
             return StepPlan(StepKind.FIRST, position)
+        if session.keeps_rows:
+            return StepPlan(StepKind.DRAFTS, position, keep_row=True)
         return None  # an evicted session is back; its drafts are judged in the next step
 
     # -- update ------------------------------------------------------------------------------
@@ -311,6 +388,8 @@ class VerificationScheduler(Scheduler):
             for request_id in scheduler_output.num_scheduled_tokens
             if request_id in self._sessions
         }
+        if outcome.padding is not None:
+            self._padding = outcome.padding
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         emitted = {
             output.request_id: output for group in outputs.values() for output in group.outputs
@@ -320,20 +399,16 @@ class VerificationScheduler(Scheduler):
             request = session.request
             if not request.is_finished() and not request.is_prefill_chunk:
                 request.num_computed_tokens = request.num_tokens - 1
+            session.num_forwards += 1
+            if request_id in step.plans:
+                session.row, session.row_due = outcome.rows.get(request_id), False
             result = outcome.results.get(request_id)
             if isinstance(result, NumericalError):
                 self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
                 self._emit(request, [result])
             elif result is not None and request.status != RequestStatus.FINISHED_ABORTED:
-                drafts = scheduler_output.scheduled_spec_decode_tokens.get(request_id, [])
-                self._conclude(
-                    session,
-                    step.plans[request_id],
-                    result,
-                    emitted.get(request_id),
-                    num_drafts=len(drafts),
-                    compute_us=compute_us,
-                )
+                plan = step.plans[request_id]
+                self._conclude(session, plan, result, emitted.get(request_id), compute_us)
         for client_index, events in self._events.items():
             group = outputs.setdefault(client_index, EngineCoreOutputs())
             group.outputs = [*group.outputs, *events]
@@ -354,32 +429,44 @@ class VerificationScheduler(Scheduler):
         plan: StepPlan,
         result: StepResult,
         output: EngineCoreOutput | None,
-        *,
-        num_drafts: int,
         compute_us: int,
     ) -> None:
-        """Make the session's Verdict from what vLLM committed (it cuts at a stop token)."""
+        """Make the session's Verdict from what vLLM committed (it cuts at a stop token).
+
+        Drafts that a row accepted before the step are told with it.
+        """
         token_ids = output.new_token_ids if output is not None else []
         finish_reason = None
         if output is not None and output.finish_reason is not None:
             finish_reason = _FINISH_REASONS.get(output.finish_reason)
         num_accepted = min(result.num_accepted, len(token_ids))
         work, session.work = session.work, None
-        queue_us = 0
-        if work is not None and num_drafts:
-            queue_us = max(0, int((self._step_started_s - work.arrived_s) * 1e6))
+        num_by_row, session.num_by_row = session.num_by_row, 0
+        num_judged = num_by_row + plan.num_drafts
         rejection = result.rejection if finish_reason is None else None
+        if token_ids and finish_reason is None and len(token_ids) > num_accepted:
+            session.extended()
+        if not num_judged and not token_ids and rejection is None and finish_reason is None:
+            return  # a recovered token was forwarded, for its row
+        queue_us = 0
+        if num_judged:
+            arrived_s = (
+                work.arrived_s if work is not None and plan.num_drafts else session.arrived_s
+            )
+            queue_us = max(0, int((self._step_started_s - arrived_s) * 1e6))
         verdict = Verdict(
             epoch=session.queue.epoch,
-            position=plan.position,
-            num_accepted=num_accepted,
+            position=plan.position - num_by_row,
+            num_accepted=num_by_row + num_accepted,
             token_ids=tuple(token_ids[num_accepted:]),
             rejection=rejection,
             finish_reason=finish_reason,
-            num_draft_tokens=num_drafts,
+            num_draft_tokens=num_judged,
             queue_us=queue_us,
             compute_us=compute_us,
+            num_forwards=session.num_forwards,
         )
+        session.num_forwards = 0
         events: list[EngineEvent] = [verdict]
         if not session.opened:
             session.opened = True
@@ -439,4 +526,10 @@ class VerificationScheduler(Scheduler):
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self._totals["preempted"] += 1
+        self._evict(request, *args, **kwargs)
+
+    def _evict(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        session = self._sessions.get(request.request_id)
+        if session is not None:
+            session.evicted()
         super()._preempt_request(request, *args, **kwargs)

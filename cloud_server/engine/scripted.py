@@ -208,7 +208,7 @@ class _Sequence:
         )
         if self.request.probe:
             self.queue.judged(rejected=True)
-            return Verdict(0, position, rejection=self._rejection())
+            return Verdict(0, position, rejection=self._rejection(), num_forwards=1)
         return self._commit(Work(0, position), 0, own=1)
 
     def _judge(self, work: Work) -> Verdict:
@@ -227,7 +227,7 @@ class _Sequence:
         self.queue.judged(rejected=True)
         return Verdict(
             verdict.epoch, verdict.position, num_accepted, rejection=self._rejection(),
-            num_draft_tokens=verdict.num_draft_tokens,
+            num_draft_tokens=verdict.num_draft_tokens, num_forwards=1,
         )  # fmt: skip
 
     def _commit(self, work: Work, num_accepted: int, *, own: int) -> Verdict:
@@ -246,7 +246,7 @@ class _Sequence:
             self.queue.judged()
         return Verdict(
             work.epoch, work.position, accepted, tuple(self.committed[work.position + accepted :]),
-            finish_reason=reason, num_draft_tokens=len(work.token_ids),
+            finish_reason=reason, num_draft_tokens=len(work.token_ids), num_forwards=1,
         )  # fmt: skip
 
     def _finish_reason(self) -> FinishReason | None:

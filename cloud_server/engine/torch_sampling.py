@@ -49,16 +49,18 @@ class TargetDistribution:
         """What the edge needs of P to draw the recovered token.
 
         S is the smallest Top-K that leaves at most REJECTION_TAIL_MASS_MAX, of at most
-        `sparse_k` tokens; 0 is no limit, and S the whole support. Not `exact`: P truncated to
-        S and renormalised, without a tail.
+        `sparse_k` tokens; 0 is no limit: all of P, zeros included, in order of the ids. Not
+        `exact`: P truncated to S and renormalised, without a tail.
         """
-        width = len(self.probs)
-        top_probs, top_index = self.probs.topk(min(sparse_k or width, width))
+        if not sparse_k:
+            return self._dense()
+        top_probs, top_index = self.probs.topk(min(sparse_k, len(self.probs)))
         probs = top_probs.cpu().numpy()
-        size = int(np.count_nonzero(probs))
-        if sparse_k:
-            held = np.cumsum(probs, dtype=np.float64)
-            size = min(size, int(np.searchsorted(held, 1.0 - REJECTION_TAIL_MASS_MAX)) + 1)
+        held = np.cumsum(probs, dtype=np.float64)
+        size = min(
+            int(np.count_nonzero(probs)),
+            int(np.searchsorted(held, 1.0 - REJECTION_TAIL_MASS_MAX)) + 1,
+        )
         probs, top_index = probs[:size], top_index[:size]
         top_ids = top_index if self.token_ids is None else self.token_ids[top_index]
         ids = top_ids.to(torch.int32).cpu().numpy()
@@ -70,6 +72,10 @@ class TargetDistribution:
             return Rejection(ids, probs)
         token_id = tail.draw(seed, position, Purpose.TAIL, attempt)
         return Rejection(ids, probs, tail_mass, token_id, tail.prob(token_id))
+
+    def _dense(self) -> Rejection:
+        ids = torch.arange(len(self.probs)) if self.token_ids is None else self.token_ids
+        return Rejection(ids.to(torch.int32).cpu().numpy(), self.probs.cpu().numpy())
 
 
 def process(

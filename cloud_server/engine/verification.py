@@ -28,7 +28,7 @@ from cloud_server.engine.torch_sampling import (
     penalised,
     process,
 )
-from picospec.messages import EMPTY_TOKENS, Rejection, SamplingParams, VerificationMode
+from picospec.messages import EMPTY_TOKENS, Open, Rejection, SamplingParams, VerificationMode
 from picospec.noise import Purpose, uniform
 from picospec.sampling import GREEDY_TEMPERATURE, accept
 
@@ -54,6 +54,11 @@ class VerificationLaw:
     exact: bool
     sparse_k: int
     logits_width: int  # logits beyond it are padding
+
+    @classmethod
+    def of(cls, opening: Open, logits_width: int) -> VerificationLaw:
+        """What `opening` asks for."""
+        return cls(opening.mode, opening.sampling, opening.exact, opening.sparse_k, logits_width)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

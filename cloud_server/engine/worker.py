@@ -10,6 +10,7 @@ Everything about devices stays in vLLM: this file works on whatever tensors it h
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -20,7 +21,15 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 
-from cloud_server.engine.envelope import StepOutcome, StepPlan, VerificationStep, unwrap
+from cloud_server.engine import step_padding
+from cloud_server.engine.envelope import (
+    MIN_STEP_TOKENS,
+    StepOutcome,
+    StepPlan,
+    VerificationStep,
+    unwrap,
+)
+from cloud_server.engine.step_padding import Padding
 from cloud_server.engine.verification import VerificationLaw, verify
 from picospec.errors import NumericalError
 from picospec.messages import EMPTY_TOKENS, Open, TokenArray
@@ -29,6 +38,8 @@ if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 PARENT_POLL_S = 1.0
 _NO_TOKEN = -1  # vLLM's PLACEHOLDER_TOKEN_ID: removed when the output is parsed
@@ -50,6 +61,7 @@ class VerificationRunner:
         self._drafts: dict[str, list[int]] = {}
         self._outcome = StepOutcome()
         self._forward_started_s = 0.0
+        self.padding: Padding | None = None  # to be told with the next outcome
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         self._step = getattr(scheduler_output, "picospec", None) or VerificationStep()
@@ -61,12 +73,8 @@ class VerificationRunner:
             request: Open | None = unwrap(new.sampling_params and new.sampling_params.extra_args)
             if request is not None:  # vLLM's warm-up requests have none
                 self._opens[new.req_id] = request
-                self._laws[new.req_id] = VerificationLaw(
-                    mode=request.mode,
-                    sampling=request.sampling,
-                    exact=request.exact,
-                    sparse_k=request.sparse_k,
-                    logits_width=self.model_config.get_vocab_size(),
+                self._laws[new.req_id] = VerificationLaw.of(
+                    request, self.model_config.get_vocab_size()
                 )
         for request_id, token_ids in self._step.forced.items():
             self._append(request_id, token_ids)
@@ -100,7 +108,8 @@ class VerificationRunner:
         order of the batch.
         """
         started_s = time.perf_counter()
-        self._outcome = StepOutcome(forward_s=started_s - self._forward_started_s)
+        padding, self.padding = self.padding, None
+        self._outcome = StepOutcome(padding=padding, forward_s=started_s - self._forward_started_s)
         request_ids = self.input_batch.req_ids
         num_drafts = (
             spec_decode_metadata.num_draft_tokens
@@ -125,7 +134,7 @@ class VerificationRunner:
         )
 
     def _judge(self, request_id: str, rows: torch.Tensor, plan: StepPlan) -> list[int]:
-        drafts = self._drafts.get(request_id, [])
+        drafts = self._drafts.get(request_id, [])[: plan.num_drafts]
         law = self._laws[request_id]
         prompt, output = (
             self._history(request_id, plan.position)
@@ -148,6 +157,8 @@ class VerificationRunner:
             self._outcome.results[request_id] = error
             return []
         self._outcome.results[request_id] = result
+        if plan.keep_row and result.rejection is None and not result.token_ids:
+            self._outcome.rows[request_id] = rows[plan.num_drafts : plan.num_drafts + 1].clone()
         return [*drafts[: result.num_accepted], *result.token_ids]
 
     def _history(self, request_id: str, position: int) -> tuple[TokenArray, TokenArray]:
@@ -197,3 +208,27 @@ class VerificationWorker(_Worker):
             f"Verification{type(runner).__name__}", (VerificationRunner, type(runner)), {}
         )
         runner.prepare_verification()
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        runner: Any = self.model_runner
+        additional: Any = self.vllm_config.additional_config
+        min_tokens = additional[MIN_STEP_TOKENS]
+        if min_tokens:
+            runner.padding = step_padding.at_least(min_tokens)
+        elif current_platform.is_cpu():
+            measured_s = step_padding.measure(self._forward)
+            runner.padding = step_padding.fastest(measured_s)
+            logger.info(
+                "forwards of 1, 2 ... tokens take %s ms: padding %s",
+                {count: round(1e3 * each, 2) for count, each in measured_s.items()},
+                runner.padding,
+            )
+        return times
+
+    @torch.inference_mode()
+    def _forward(self, num_tokens: int) -> None:
+        """A forward of `num_tokens` with all their logits, as verification needs them."""
+        runner: Any = self.model_runner
+        hidden_states, _ = runner._dummy_run(num_tokens)
+        runner.model.compute_logits(hidden_states[:num_tokens])

@@ -116,6 +116,7 @@ def usage(stats: GenerationStats, completion_tokens: int) -> Json:
             "drafted_tokens": stats.drafted_tokens,
             "accepted_tokens": stats.accepted_tokens,
             "verdicts": stats.verdicts,
+            "forwards": stats.forwards,
             "rollbacks": stats.rollbacks,
             "resumes": stats.resumes,
             "bytes_up": stats.bytes_up,

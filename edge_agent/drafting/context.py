@@ -22,6 +22,7 @@ from edge_agent.drafting.messages import (
     DraftEvent,
     Exhausted,
     OpenContext,
+    Paused,
     ProbeNeeded,
     Recover,
     Recovered,
@@ -50,13 +51,14 @@ class DraftContext:
         self._branch = 0
         self._limit = 0
         self._blocked = False
+        self._paused = False
         self._recover: Recover | None = None
         self._command(OpenContext(spec, len(self._text)))
 
     def allow(self, limit: int) -> None:
-        """Tokens may be drafted for positions below `limit`."""
-        if limit != self._limit:
-            self._limit = limit
+        """Tokens may be drafted for positions below `limit`; a paused worker goes on."""
+        if limit != self._limit or self._paused:
+            self._limit, self._paused = limit, False
             self._command(Allow(limit))
 
     def rollback(self, branch: int, length: int, token_ids: tuple[int, ...] = ()) -> None:
@@ -110,6 +112,8 @@ class DraftContext:
                 self._text.append(token_id)
         elif isinstance(event, Exhausted):
             self._blocked = True
+        elif isinstance(event, Paused):
+            self._paused = True
         elif isinstance(event, ProbeNeeded):
             self._recover, self._blocked = None, True
         elif isinstance(event, Recovered):
@@ -119,7 +123,8 @@ class DraftContext:
 
     def _restart(self, branch: int, length: int, token_ids: tuple[int, ...] = ()) -> None:
         self._text.rollback(length, token_ids)
-        self._branch, self._blocked, self._recover = branch, False, None
+        self._branch, self._recover = branch, None
+        self._blocked = self._paused = False
 
     def _command(self, command: Command) -> None:
         if not self.closed:

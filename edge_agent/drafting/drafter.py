@@ -59,6 +59,10 @@ class DrafterContext(Protocol):
         """
         ...
 
+    def confidence(self) -> float:
+        """The probability of what the last `propose` found most likely, before temperature."""
+        ...
+
     def append(self, token_id: int) -> None:
         """Add a draft to the text."""
         ...
@@ -126,9 +130,13 @@ class ModelContext:
         self._runtime: KVRuntime | None = None
         self._runtime_length = 0
         self._prefill_length = len(self._cache)  # tokens before it are forwarded in batches
+        self._logits: LogitsArray = np.zeros(1, np.float32)  # that the last proposal came from
 
     def __len__(self) -> int:
         return len(self._cache)
+
+    def confidence(self) -> float:
+        return float(1.0 / np.exp(self._logits - self._logits.max()).sum())
 
     def append(self, token_id: int) -> None:
         self._cache.append(token_id)
@@ -163,6 +171,7 @@ class ModelContext:
             # Everything is computed but the logits are gone: the last token runs again.
             self._cache.num_computed -= 1
         logits = fit(self._forward(self._runtime_with_room()), self._spec.logits_width)
+        self._logits = logits
         token_ids, prompt_length = self._cache.token_ids, self._spec.prompt_length
         return sampling.process(
             logits, self._spec.sampling, token_ids[:prompt_length], token_ids[prompt_length:]

@@ -39,6 +39,7 @@ class ContextSpec:
     prompt_length: int
     max_length: int = 0
     logits_width: int = 0
+    confidence_stop: float = 0.0  # pause after a draft from a law less confident than this
 
 
 # Commands
@@ -57,7 +58,7 @@ class OpenContext:
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """Tokens may be drafted for positions below `limit`."""
+    """Tokens may be drafted for positions below `limit`; a paused context goes on."""
 
     limit: int
 
@@ -116,6 +117,14 @@ class Exhausted:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """The last draft is likely to be rejected: none follows before Allow, rollback or recovery."""
+
+    branch: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class Recovered:
     """The recovered token of `position`; drafting goes on after it."""
 
@@ -140,7 +149,7 @@ class ContextFailed:
     error: DrafterFailed
 
 
-DraftEvent = Drafted | Exhausted | Recovered | ProbeNeeded | ContextFailed
+DraftEvent = Drafted | Exhausted | Paused | Recovered | ProbeNeeded | ContextFailed
 
 
 # The worker's own reports

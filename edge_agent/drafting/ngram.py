@@ -49,6 +49,9 @@ class NgramContext(SpeculativeTokens):
         token_id = lookup(self.token_ids)
         return None if token_id is None else certain(token_id)
 
+    def confidence(self) -> float:
+        return 1.0
+
     def close(self) -> None: ...
 
 

@@ -61,6 +61,12 @@ class ScriptedContext(SpeculativeTokens):
         prompt, output = self.token_ids[:prompt_length], self.token_ids[prompt_length:]
         return sampling.process(proposed, self._spec.sampling, prompt, output)
 
+    def confidence(self) -> float:
+        proposed = self._script(self.token_ids)
+        if proposed is None or isinstance(proposed, int):
+            return 1.0
+        return float(1.0 / np.exp(proposed - proposed.max()).sum())
+
     def close(self) -> None:
         self.closed = True
 

@@ -5,7 +5,8 @@ one context. Its rules:
 1. Contexts take turns; a turn is one token or one prefill chunk.
 2. A context drafts at the end of its text while that is below `limit` and it is not `blocked`.
    It is blocked when nothing can be proposed, after a drafted stop token, and while it waits for a
-   probe's answer; a rollback or recovery, which changes the text, ends that.
+   probe's answer; a rollback or recovery, which changes the text, ends that. It pauses after a
+   draft that is likely to be rejected; Allow ends that, too.
 3. What is drawn is a function of (text, seed, position). So a rebuilt context continues as
    the lost one would have.
 4. Split mode: the law a draft was drawn from is kept until the text before it changes, for
@@ -31,6 +32,7 @@ from edge_agent.drafting.messages import (
     DraftEvent,
     Exhausted,
     OpenContext,
+    Paused,
     ProbeNeeded,
     Recover,
     Recovered,
@@ -58,12 +60,15 @@ class _Context:
     branch: int
     limit: int
     blocked: bool
+    paused: bool = False
     recover: Recover | None = None
     laws: dict[int, Distribution | None] = field(default_factory=dict)  # by position, ascending
 
     @property
     def runnable(self) -> bool:
-        return self.recover is not None or (not self.blocked and len(self.text) < self.limit)
+        if self.recover is not None:
+            return True
+        return not (self.blocked or self.paused) and len(self.text) < self.limit
 
     def law(self) -> Distribution | None:
         """The drafter's law of the next token, kept or computed now."""
@@ -81,7 +86,7 @@ class _Context:
         kept = self.text.rollback(length, token_ids)
         self.laws = {position: law for position, law in self.laws.items() if position <= kept}
         self.branch = branch
-        self.blocked = False
+        self.blocked = self.paused = False
         self.recover = None
 
 
@@ -133,6 +138,7 @@ class DraftWorker:
     def _apply(self, context_id: int, context: _Context, command: Command) -> None:
         if isinstance(command, Allow):
             context.limit = command.limit
+            context.paused = False
         elif isinstance(command, Rollback):
             context.rollback(command.branch, command.length, command.token_ids)
         elif isinstance(command, Recover):
@@ -163,11 +169,15 @@ class DraftWorker:
             token_id = sampling.draw(law, seed, position, Purpose.DRAFT)
             # Float32 sums may leave a certain token's probability a rounding above 1.
             probs = (min(1.0, law.prob(token_id)),)
+        threshold = context.spec.confidence_stop
+        context.paused = threshold > 0.0 and context.text.confidence() < threshold
         context.text.append(token_id)
         self._emit(context_id, Drafted(context.branch, position, (token_id,), probs))
         if token_id in context.spec.stop_token_ids:
             context.blocked = True
             self._emit(context_id, Exhausted(context.branch, position + 1))
+        elif context.paused:
+            self._emit(context_id, Paused(context.branch, position + 1))
 
     def _recover(self, context_id: int, context: _Context, command: Recover) -> None:
         law = context.law() if command.judged else None

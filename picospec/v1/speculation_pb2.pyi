@@ -133,7 +133,7 @@ class Open(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., session_id: _Optional[str] = ..., prompt_token_ids: _Optional[bytes] = ..., output_token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., mode: _Optional[_Union[VerificationMode, str]] = ..., exact: _Optional[bool] = ..., sparse_k: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., assist: _Optional[_Union[AssistPolicy, str]] = ..., verify_whole_rounds: _Optional[bool] = ..., probe: _Optional[int] = ...) -> None: ...
 
 class Draft(_message.Message):
-    __slots__ = ("epoch", "base_position", "token_ids", "draft_probs", "num_forced", "end_of_round", "probe")
+    __slots__ = ("epoch", "base_position", "token_ids", "draft_probs", "num_forced", "end_of_round", "probe", "step_limit")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BASE_POSITION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,7 @@ class Draft(_message.Message):
     NUM_FORCED_FIELD_NUMBER: _ClassVar[int]
     END_OF_ROUND_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
+    STEP_LIMIT_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     base_position: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -148,7 +149,8 @@ class Draft(_message.Message):
     num_forced: int
     end_of_round: bool
     probe: int
-    def __init__(self, epoch: _Optional[int] = ..., base_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., draft_probs: _Optional[bytes] = ..., num_forced: _Optional[int] = ..., end_of_round: _Optional[bool] = ..., probe: _Optional[int] = ...) -> None: ...
+    step_limit: int
+    def __init__(self, epoch: _Optional[int] = ..., base_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., draft_probs: _Optional[bytes] = ..., num_forced: _Optional[int] = ..., end_of_round: _Optional[bool] = ..., probe: _Optional[int] = ..., step_limit: _Optional[int] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ()
@@ -193,7 +195,7 @@ class Rejection(_message.Message):
     def __init__(self, token_ids: _Optional[bytes] = ..., probs: _Optional[bytes] = ..., tail_mass: _Optional[float] = ..., tail_token_id: _Optional[int] = ..., tail_prob: _Optional[float] = ...) -> None: ...
 
 class Verdict(_message.Message):
-    __slots__ = ("epoch", "position", "num_accepted", "token_ids", "rejection", "finish_reason", "num_draft_tokens", "queue_us", "compute_us")
+    __slots__ = ("epoch", "position", "num_accepted", "token_ids", "rejection", "finish_reason", "num_draft_tokens", "queue_us", "compute_us", "num_forwards")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +205,7 @@ class Verdict(_message.Message):
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    NUM_FORWARDS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     position: int
     num_accepted: int
@@ -212,7 +215,8 @@ class Verdict(_message.Message):
     num_draft_tokens: int
     queue_us: int
     compute_us: int
-    def __init__(self, epoch: _Optional[int] = ..., position: _Optional[int] = ..., num_accepted: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., rejection: _Optional[_Union[Rejection, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., num_draft_tokens: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
+    num_forwards: int
+    def __init__(self, epoch: _Optional[int] = ..., position: _Optional[int] = ..., num_accepted: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., rejection: _Optional[_Union[Rejection, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., num_draft_tokens: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., num_forwards: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("opened", "verdict")

@@ -41,6 +41,7 @@ async def tiny_engine(tiny_model: Path) -> AsyncIterator[VLLMEngine]:
     engine = VLLMEngine(
         EngineConfig(
             model=str(tiny_model),
+            min_step_tokens=3,  # so that padding is in every step of few tokens
             args={
                 "max_model_len": TINY_MAX_MODEL_LEN,
                 "enforce_eager": True,
@@ -65,6 +66,7 @@ async def cloud_address() -> AsyncIterator[str]:
     engine = VLLMEngine(
         EngineConfig(
             model=str(model_folder("target")),
+            max_sparse_k=1 << 16,
             args={"max_model_len": 1024, "enforce_eager": True, "max_num_seqs": 16},
         )
     )

@@ -235,6 +235,55 @@ async def test_resumed_session_goes_on_where_the_text_stood(
         assert outcome.token_ids == expected
 
 
+async def test_a_draft_is_judged_on_arrival_by_the_row_before_it(
+    tiny_engine: VLLMEngine, tiny_reference: Reference
+) -> None:
+    """Split: after an accepted draft the next one costs no forward, if it is rejected."""
+    expected = tiny_reference.generate(PROMPT, GREEDY, 8)
+    session = _Held(tiny_engine, "rows", mode=SPLIT)
+    await session.open()
+    assert session.token_ids == expected[:1]
+    before = tiny_engine.stats().steps
+    wrong = (expected[2] + 1) % (VOCAB_SIZE - 1)
+    await session.draft(0, expected[1])
+    verdict = await session.next()
+    assert (verdict.num_accepted, verdict.num_draft_tokens) == (1, 1)
+    await session.draft(0, wrong)
+    rejected = await session.next()
+    assert rejected.rejection is not None
+    assert rejected.rejection.token_ids.tolist() == [expected[2]]
+    assert (rejected.num_forwards, rejected.compute_us) == (0, 0)
+    # The first token was forwarded, then the draft: one forward for each token.
+    assert tiny_engine.stats().steps - before <= 2
+    await session.draft(1, expected[2], expected[3], num_forced=1)
+    verdict = await session.next()
+    assert (verdict.position, verdict.num_accepted) == (len(PROMPT) + 3, 1)
+    assert verdict.num_forwards >= 1
+    await session.close()
+    await _settled(tiny_engine)
+
+
+async def test_a_verdict_without_a_forward_does_not_wait_for_other_sessions(
+    tiny_engine: VLLMEngine, tiny_reference: Reference
+) -> None:
+    """Rejected by its row while others keep the engine busy: told before their next forward."""
+    expected = tiny_reference.generate(PROMPT, GREEDY, 8)
+    session = _Held(tiny_engine, "overtaking", mode=SPLIT)
+    await session.open()
+    await session.draft(0, expected[1])
+    await session.next()
+    busy = asyncio.create_task(
+        generate(tiny_engine, PROMPT, bad_drafts, mode=COUPLED, max_tokens=200, sampling=GREEDY)
+    )
+    await session.draft(0, (expected[2] + 1) % (VOCAB_SIZE - 1))
+    verdict = await session.next()
+    assert verdict.rejection is not None
+    assert verdict.num_forwards == 0
+    await session.close()
+    await busy
+    await _settled(tiny_engine)
+
+
 async def test_held_sessions_cost_no_cpu(tiny_engine: VLLMEngine) -> None:
     sessions = [_Held(tiny_engine, f"held-{index}") for index in range(16)]
     for session in sessions:
@@ -306,9 +355,16 @@ async def _settled(engine: VLLMEngine) -> None:
 
 
 class _Held:
-    """A greedy coupled session that is opened and then left alone."""
+    """A greedy session that is opened and then does what it is told."""
 
-    def __init__(self, engine: VLLMEngine, key: str, prompt: Sequence[int] = PROMPT) -> None:
+    def __init__(
+        self,
+        engine: VLLMEngine,
+        key: str,
+        prompt: Sequence[int] = PROMPT,
+        mode: VerificationMode = COUPLED,
+    ) -> None:
+        self._mode = mode
         self._engine = engine
         self._key = key
         self._prompt = prompt
@@ -321,21 +377,31 @@ class _Held:
             prompt_token_ids=np.asarray(self._prompt, np.int32),
             output_token_ids=np.empty(0, np.int32),
             sampling=GREEDY,
-            mode=COUPLED,
+            mode=self._mode,
             max_tokens=100,
         )
         await self._engine.open(self._key, request, self._verdicts.put_nowait)
-        await self._next()
+        await self.next()
 
     async def ask(self) -> None:
         position = len(self._prompt) + len(self.token_ids)
         await self._engine.deliver(self._key, Draft(0, position, probe=1), time.monotonic())
-        await self._next()
+        await self.next()
 
-    async def _next(self) -> None:
+    async def draft(self, epoch: int, *token_ids: int, num_forced: int = 0) -> None:
+        """Drafts for the first uncommitted position on, or from a recovered token on."""
+        position = len(self._prompt) + len(self.token_ids)
+        probs = (1.0,) * (len(token_ids) - num_forced)
+        self.token_ids += token_ids
+        draft = Draft(epoch, position, token_ids, probs, num_forced)
+        await self._engine.deliver(self._key, draft, time.monotonic())
+
+    async def next(self) -> Verdict:
         while not isinstance(event := await asyncio.wait_for(self._verdicts.get(), 30), Verdict):
             assert not isinstance(event, Exception), event
-        self.token_ids += event.token_ids
+        end = event.position - len(self._prompt) + event.num_accepted
+        self.token_ids[end:] = event.token_ids
+        return event
 
     async def leave_after(self, seconds: float) -> None:
         opening = asyncio.create_task(self.open())

@@ -222,6 +222,34 @@ async def test_a_stream_lost_on_the_way(cloud: TinyCloud) -> None:
     await link.close()
 
 
+async def test_a_new_epoch_overtakes_what_waits_of_older_ones(
+    link: CloudLink, cloud: TinyCloud
+) -> None:
+    """Of a chain that was given up only the first frame goes out, so that epochs have no gap."""
+    arrived = asyncio.Event()
+
+    async def listen(context: Any) -> None:
+        while len(cloud.received) < 5:
+            cloud.received.append(codec.decode_edge(await context.read()))
+        arrived.set()
+        await asyncio.Event().wait()
+
+    cloud.serve = listen
+    stream = link.open_stream("r-1")
+    first, last = Draft(0, 2, (1,), (0.5,)), Draft(2, 4, (7,), (0.5,))
+    stream.send(OPEN)
+    stream.send(first)
+    stream.send(Draft(0, 3, (2,), (0.5,)))
+    stream.send(Draft(1, 2, (4,), (0.5,)))
+    stream.send(Draft(1, 3, (5,), (0.5,)))
+    stream.send(Draft(2, 3, (6,), (0.5,)))
+    stream.send(last)
+    async with asyncio.timeout(5):
+        await arrived.wait()
+    assert cloud.received[1:] == [first, Draft(1, 2, (4,), (0.5,)), Draft(2, 3, (6,), (0.5,)), last]
+    await stream.aclose()
+
+
 async def test_a_cloud_that_takes_no_frames(link: CloudLink, cloud: TinyCloud) -> None:
     """The queue is bounded: the stream is lost, and memory is not."""
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from edge_agent.control import AdaptiveLength, DraftLengthController, DraftPlan
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.generation import GenerationRequest
@@ -26,6 +28,7 @@ from edge_agent.link import CloudLink
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
 from picospec.messages import ModelCard, SamplingParams, VerificationMode
+from picospec.performance import Scheme
 from tests.support.machine import edge_core, model_folder
 from tests.support.stock import generate_greedily
 
@@ -37,6 +40,7 @@ pytestmark = [
 ]
 
 NUM_TOKENS = 64
+GREEDY = SamplingParams(temperature=0.0)
 CONCURRENCY = 6
 FULL = os.environ.get("PICOSPEC_FULL_MATRIX") == "1"
 DRAFTERS = ("draft-int4", "draft-int8", "ngram")
@@ -103,14 +107,17 @@ async def drafting(drafter: str) -> AsyncIterator[DraftingProcess]:
 
 
 async def generate(
-    generator: SpeculativeGenerator, prompt: list[int], name: str
+    generator: SpeculativeGenerator,
+    prompt: list[int],
+    name: str,
+    sampling: SamplingParams = GREEDY,
 ) -> tuple[list[int], float]:
     """The text, and the share of judged drafts that were accepted."""
     generation = generator.generate(
         GenerationRequest(
             request_id=name,
             prompt_token_ids=np.asarray(prompt, np.int32),
-            sampling=SamplingParams(temperature=0.0),
+            sampling=sampling,
             max_tokens=NUM_TOKENS,
             stop_token_ids=(),
         )
@@ -162,3 +169,61 @@ async def test_greedy_text_is_vllms(
     await link.close()
     floor = {"draft-int4": 0.3, "draft-int8": 0.7, "ngram": 0.02}[drafter]
     assert np.mean(rates) > floor, "the drafts do not help: something is misaligned"
+
+
+def adaptive_control(policy: SpeculationPolicy) -> Callable[[], DraftLengthController]:
+    initial = DraftPlan(policy.draft_length, policy.window)
+    return lambda: AdaptiveLength(initial, Scheme())
+
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "sequential": {"parallel_draft": False},
+    "whole rounds": {"fast_verify": False},
+    "vanilla": {"parallel_draft": False, "fast_verify": False},
+    "impatient": {"fast_verify": False, "draft_length": 8, "round_timeout_s": 0.02},
+    "unsure": {"confidence_stop": 0.5},
+    "long rounds": {"draft_length": 8, "window": 64},
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+async def test_no_switch_changes_the_text(
+    temperature: float, cloud_address: str, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """Greedy it is vLLM's; sampled it hangs on the seed, not on how drafts are cut and judged."""
+    link = CloudLink(cloud_address)
+    card = await link.get_model()
+    sampling = SamplingParams(temperature=temperature, seed=11)
+    async with drafting("draft-int4") as process:
+
+        async def text(name: str, policy: SpeculationPolicy, adaptive: bool = False) -> list[int]:
+            control = adaptive_control(policy) if adaptive else None
+            generator = SpeculativeGenerator(link, process, lambda: card, policy, control=control)
+            token_ids, _ = await generate(generator, prompts[0], name, sampling)
+            return token_ids
+
+        usual = await text("usual", SpeculationPolicy())
+        if not temperature:
+            assert usual == expected[0]
+        for name, options in SWITCHES.items():
+            assert await text("switched", SpeculationPolicy(**options)) == usual, name
+        assert await text("adaptive", SpeculationPolicy(), adaptive=True) == usual
+    await link.close()
+
+
+async def test_the_whole_distribution_may_travel(
+    cloud_address: str, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """Without split rejection: greedy the text is vLLM's, sampled a seed reproduces it."""
+    link = CloudLink(cloud_address)
+    card = await link.get_model()
+    assert card.limits.max_sparse_k >= card.logits_width
+    policy = SpeculationPolicy(split_rejection=False)
+    async with drafting("draft-int4") as process:
+        generator = SpeculativeGenerator(link, process, lambda: card, policy)
+        greedy, _ = await generate(generator, prompts[1], "dense")
+        assert greedy == expected[1]
+        warm = SamplingParams(temperature=0.8, seed=3)
+        first = await generate(generator, prompts[1], "dense-1", warm)
+        assert await generate(generator, prompts[1], "dense-2", warm) == first
+    await link.close()

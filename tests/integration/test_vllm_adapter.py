@@ -73,6 +73,8 @@ def takes(function: Callable[..., Any], *names: str) -> bool:
         (GPUModelRunner._model_forward, ("self",)),
         (GPUModelRunner.take_draft_token_ids, ("self",)),
         (Worker.init_device, ("self",)),
+        (Worker.compile_or_warm_up_model, ("self",)),
+        (GPUModelRunner._dummy_run, ("self", "num_tokens")),
         (AsyncMPClient.add_request_async, ("self", "request")),
         (AsyncMPClient.abort_requests_async, ("self", "request_ids")),
         (AsyncMPClient.get_output_async, ("self",)),

@@ -25,7 +25,7 @@ NUM_SEEDS = 40  # for each mode, temperature and fault level
 
 FAULTS = {
     "clean": Faults(),
-    "hostile": Faults(lose=0.02, lose_in_recovery=0.2, repeat=0.2, preempt=0.2),
+    "hostile": Faults(lose=0.02, lose_in_recovery=0.2, repeat=0.2, preempt=0.2, change=0.1),
     "cut to pieces": Faults(lose=0.12, lose_in_recovery=0.5, repeat=0.1),
 }
 
@@ -40,6 +40,9 @@ def scenario(seed: int, mode: VerificationMode, temperature: float, faults: Faul
         parallel_draft=rng.random() < 0.7,
         fast_verify=rng.random() < 0.6,
         sparse_k=rng.choice([1, 2, 3, 8]),
+        split_rejection=rng.random() < 0.8,
+        confidence_stop=rng.choice([0.0, 0.0, 0.4]),
+        round_timeout_s=rng.choice([0.0, 2.0]),
         assist=rng.choice(list(AssistPolicy)),
     )
     return Scenario(

@@ -89,6 +89,7 @@ class ToyDrafter:
         mode: VerificationMode,
         stop: Sequence[int],
         forget_judged: bool = False,
+        confidence_stop: float = 0.0,
     ) -> None:
         self._language = language
         self._text = list(prompt)
@@ -97,6 +98,8 @@ class ToyDrafter:
         self._split = mode is VerificationMode.SPLIT
         self._stop = stop
         self._forget_judged = forget_judged  # a deliberate fault: residual of Q = 0
+        self._confidence_stop = confidence_stop
+        self._paused = False
         self._branch = 0
         self._limit = 0
         self._exhausted = False
@@ -107,6 +110,7 @@ class ToyDrafter:
         match command:
             case Allow(limit):
                 self._limit = limit
+                self._paused = False
             case Rollback(branch, length, token_ids):
                 self._restart(branch, length)
                 self._text += token_ids
@@ -118,29 +122,35 @@ class ToyDrafter:
         assert length <= len(self._text)
         del self._text[length:]
         self._branch = branch
-        self._exhausted = self._blocked = False
+        self._exhausted = self._blocked = self._paused = False
         self._recover = None
 
     @property
     def can_step(self) -> bool:
         if self._recover is not None:
             return True
-        return not self._blocked and not self._exhausted and len(self._text) < self._limit
+        waits = self._blocked or self._exhausted or self._paused
+        return not waits and len(self._text) < self._limit
 
-    def step(self) -> Event:
+    def step(self) -> list[Event]:
+        """The event of one step, and perhaps that the drafter pauses after it."""
         if self._recover is not None:
-            return self._offer(self._recover)
+            return [self._offer(self._recover)]
         position = len(self._text)
         law = self._language.draft(context_of(self._text))
         stopped = position > self._num_prompt and self._text[-1] in self._stop
         if law is None or stopped:
             self._exhausted = True
-            return ("exhausted", self._branch, position, (), ())
+            return [("exhausted", self._branch, position, (), ())]
         purpose = Purpose.DRAFT if self._split else Purpose.COUPLED
         token_id = sampling.draw(law, self._seed, position, purpose)
         self._text.append(token_id)
         probs = (law.prob(token_id),) if self._split else ()
-        return ("drafted", self._branch, position, (token_id,), probs)
+        events: list[Event] = [("drafted", self._branch, position, (token_id,), probs)]
+        if float(law.probs.max()) < self._confidence_stop:
+            self._paused = True
+            events.append(("paused", self._branch, position + 1, (), ()))
+        return events
 
     def _offer(self, recover: Recover) -> Event:
         self._recover = None
@@ -160,13 +170,16 @@ class ToyDrafter:
 def rejection_at(
     language: Language, text: Sequence[int], seed: int, k: int, attempt: int
 ) -> Rejection:
-    """What the cloud sends for the position after `text`: the Top-K, and a draw from the rest."""
+    """What the cloud sends for the position after `text`: the Top-K, and a draw from the rest.
+
+    k = 0: all of P.
+    """
     probs = np.zeros(language.vocab_size, np.float32)
     law = language.target(context_of(text))
     probs[law.token_ids if law.token_ids is not None else slice(None)] = law.probs
     order = np.argsort(-probs, kind="stable").astype(np.int32)
     order = order[probs[order] > 0]
-    kept, tail = order[:k], order[k:]
+    kept, tail = order[: k or None], order[k or len(order) :]
     if not len(tail):
         return Rejection(kept, probs[kept] / probs[kept].sum())
     index = race(probs[tail], tail, seed, len(text), Purpose.TAIL, attempt)

@@ -56,6 +56,7 @@ class Faults:
     lose_in_recovery: float = 0.0  # as the edge learns of a rejection, or needs a probe
     repeat: float = 0.0  # a draft arrives twice
     preempt: float = 0.0  # a step is planned and not carried out
+    change: float = 0.0  # draft length and window change as a frame arrives
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,7 @@ class World:
             scenario.policy.mode,
             scenario.stop,
             scenario.forget_judged,
+            scenario.policy.confidence_stop,
         )
         self.stream: Stream | None = None
         self.output: list[int] = []
@@ -321,6 +323,9 @@ class World:
             self.late_frames += 1
             return
         self._execute(self.session.receive(frame, self.clock.now))
+        if self.chance(self.faults.change):
+            length, window = self.rng.choice([1, 2, 5]), self.rng.choice([1, 5, 20])
+            self._execute(self.session.set_length(length, window, self.clock.now))
         self._maybe_lose_in_recovery(isinstance(frame, Verdict) and frame.rejection is not None)
 
     def lose(self, stream: Stream) -> None:
@@ -358,7 +363,14 @@ class World:
                     self.reason = reason
                 case Allow() | Rollback() | Recover():
                     self.drafter.command(effect)
+        if (deadline := self.session.deadline) is not None:
+            self.clock.at(deadline, self._tick)
         self._draft()
+
+    def _tick(self) -> None:
+        effects = self.session.tick(self.clock.now)
+        if effects:
+            self._execute(effects)
 
     def _send(self, frame: EdgeFrame) -> None:
         if isinstance(frame, Open):
@@ -377,8 +389,8 @@ class World:
         """The drafter's step is done; its event takes a moment to reach the session."""
         self._drafting = False
         if self.drafter.can_step:
-            event = self.drafter.step()
-            self.clock.at(self.clock.now + 0.1, self._edge_hears, *event)
+            for event in self.drafter.step():
+                self.clock.at(self.clock.now + 0.1, self._edge_hears, *event)
         self._draft()
 
     def _edge_hears(
@@ -395,6 +407,8 @@ class World:
                 effects = session.drafted(branch, position, token_ids, probs, now)
             case "exhausted":
                 effects = session.exhausted(branch, position, now)
+            case "paused":
+                effects = session.paused(branch, position, now)
             case "recovered":
                 effects = session.recovered(branch, position, token_ids[0], now)
             case _:

@@ -23,6 +23,7 @@ USAGE = {
         "drafted_tokens": 10,
         "accepted_tokens": 5,
         "verdicts": 4,
+        "forwards": 4,
         "rollbacks": 2,
         "bytes_up": 800,
         "bytes_down": 400,

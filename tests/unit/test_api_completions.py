@@ -44,8 +44,8 @@ async def test_chat_whole() -> None:
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     assert usage.prompt_tokens_details.cached_tokens == 0
     assert set(usage.speculation) == {
-        "mode", "drafted_tokens", "accepted_tokens", "verdicts", "rollbacks", "resumes",
-        "bytes_up", "bytes_down",
+        "mode", "drafted_tokens", "accepted_tokens", "verdicts", "forwards", "rollbacks",
+        "resumes", "bytes_up", "bytes_down",
     }  # fmt: skip
     assert edge.generator.closed == 1
 
@@ -180,7 +180,8 @@ async def test_stop_token_ids_and_ignored_eos() -> None:
 async def test_usage_says_what_speculation_did(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = GenerationStats(
         mode="coupled", prompt_tokens=5, cached_prompt_tokens=4, drafted_tokens=9,
-        accepted_tokens=6, verdicts=3, rollbacks=2, resumes=1, bytes_up=100, bytes_down=50,
+        accepted_tokens=6, verdicts=3, forwards=4, rollbacks=2, resumes=1, bytes_up=100,
+        bytes_down=50,
     )  # fmt: skip
     async with serve() as edge, client_of(edge) as client:
         generate = edge.generator.generate
@@ -195,7 +196,7 @@ async def test_usage_says_what_speculation_did(monkeypatch: pytest.MonkeyPatch) 
     assert completion.usage.prompt_tokens_details.cached_tokens == 4
     assert completion.usage.speculation == {
         "mode": "coupled", "drafted_tokens": 9, "accepted_tokens": 6, "verdicts": 3,
-        "rollbacks": 2, "resumes": 1, "bytes_up": 100, "bytes_down": 50,
+        "forwards": 4, "rollbacks": 2, "resumes": 1, "bytes_up": 100, "bytes_down": 50,
     }  # fmt: skip
 
 

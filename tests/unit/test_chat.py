@@ -48,7 +48,7 @@ def test_the_summary_has_every_figure() -> None:
 
 def test_the_summary_of_nothing_divides_by_nothing() -> None:
     zero = {"mode": "split"} | dict.fromkeys(
-        ("drafted_tokens", "accepted_tokens", "verdicts", "bytes_up", "bytes_down"), 0
+        ("drafted_tokens", "accepted_tokens", "verdicts", "forwards", "bytes_up", "bytes_down"), 0
     )
     assert Answer().summary() == "0 output tokens, first after 0.00 s"
     one = Answer(usage={"completion_tokens": 1, "speculation": zero}).summary()

@@ -38,8 +38,8 @@ async def test_coupled_accepts_then_goes_on() -> None:
     assert isinstance(events[0], Opened)
     assert events[0].first_position == 3
     assert events[1:] == [
-        Verdict(0, 3, token_ids=(tokens[3],)),
-        Verdict(0, 4, 2, (tokens[6],), num_draft_tokens=2),
+        Verdict(0, 3, token_ids=(tokens[3],), num_forwards=1),
+        Verdict(0, 4, 2, (tokens[6],), num_draft_tokens=2, num_forwards=1),
     ]
 
 
@@ -59,7 +59,9 @@ async def test_split_rejects_and_recovers() -> None:
     assert isinstance(rejected, Verdict)
     assert rejected.rejection is not None
     assert rejected.rejection.token_ids.tolist() == [tokens[4]]
-    assert last == Verdict(1, 5, 1, finish_reason=FinishReason.LENGTH, num_draft_tokens=1)
+    assert last == Verdict(
+        1, 5, 1, finish_reason=FinishReason.LENGTH, num_draft_tokens=1, num_forwards=1
+    )
 
 
 async def test_split_answers_a_probe_of_the_open() -> None:

@@ -52,6 +52,8 @@ REJECTION = Rejection(
     tail_token_id=9,
     tail_prob=0.125,
 )
+# Its ids are 0, 1, 2 ... and do not travel.
+WHOLE_LAW = Rejection(np.arange(5, dtype=np.int32), np.array([0, 0.5, 0, 0.25, 0.25], np.float32))
 
 
 def plain(value: Any) -> Any:
@@ -94,12 +96,44 @@ def test_drafts_survive_the_wire(draft: Draft) -> None:
 
 
 @pytest.mark.parametrize("reason", [None, *FinishReason])
-@pytest.mark.parametrize("rejection", [None, REJECTION])
+@pytest.mark.parametrize("rejection", [None, REJECTION, WHOLE_LAW])
 def test_verdicts_survive_the_wire(
     reason: FinishReason | None, rejection: Rejection | None
 ) -> None:
-    verdict = Verdict(2, 30, 3, (1, 8), rejection, reason, 4, 120, 45_000)
+    verdict = Verdict(2, 30, 3, (1, 8), rejection, reason, 4, 120, 45_000, 2)
     assert plain(cloud_over_the_wire(verdict)) == plain(verdict)
+
+
+def test_a_step_limit_survives_the_wire() -> None:
+    draft = edge_over_the_wire(Draft(1, 9, (3,), (0.5,), step_limit=7))
+    assert isinstance(draft, Draft)
+    assert draft.step_limit == 7  # which does not take part in the comparison
+
+
+def test_a_round_and_a_rejection_are_as_small_as_the_papers() -> None:
+    """At most 50 B for 4 drafts with their q, 100 B for the 10 most probable tokens."""
+    ids = (49_151, 40_000, 20_000, 1)
+    draft = Draft(200, 3000, ids, (0.1, 0.2, 0.3, 0.4), end_of_round=True)
+    assert len(codec.edge_to_bytes(draft)) <= 50
+    top = np.arange(49_142, 49_152, dtype=np.int32)
+    rejection = Rejection(top, np.full(10, 0.09, np.float32), 0.1, 49_000, 0.01)
+    message = codec.encode_cloud(Verdict(200, 3000, rejection=rejection))
+    assert message.verdict.rejection.ByteSize() <= 100
+
+
+@pytest.mark.parametrize("largest", [1, 65_535, 65_536, 2**31 - 1])
+def test_a_laws_ids_survive_the_wire_whatever_their_width(largest: int) -> None:
+    law = Rejection(np.array([largest, 0], np.int32), np.array([0.5, 0.5], np.float32))
+    verdict = Verdict(0, 3, rejection=law)
+    assert plain(cloud_over_the_wire(verdict)) == plain(verdict)
+
+
+def test_ids_beyond_31_bits_arrive_as_negative_ones() -> None:
+    law = pb.Rejection(token_ids=b"\xff" * 4, probs=np.ones(1, "<f4").tobytes())
+    verdict = codec.decode_cloud(pb.GenerateResponse(verdict=pb.Verdict(rejection=law)))
+    assert isinstance(verdict, Verdict)
+    assert verdict.rejection is not None
+    assert verdict.rejection.token_ids.tolist() == [-1]
 
 
 def test_the_other_frames_survive_the_wire() -> None:
@@ -178,6 +212,12 @@ def test_biases_must_match_their_token_ids() -> None:
         (
             pb.GenerateResponse(verdict=pb.Verdict(rejection=pb.Rejection(probs=b"12345"))),
             "verdict.rejection.probs",
+        ),
+        (
+            pb.GenerateResponse(
+                verdict=pb.Verdict(rejection=pb.Rejection(probs=b"1234", token_ids=b"12345"))
+            ),
+            "verdict.rejection.token_ids",
         ),
     ],
 )

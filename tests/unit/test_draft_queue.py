@@ -270,3 +270,17 @@ def test_whatever_comes_work_starts_at_the_first_uncommitted_position(
                 committed += (2,) if mode is COUPLED else ()
             queue.judged(rejected=step == "reject" and mode is SPLIT)
         assert queue.stale_tokens >= 0
+
+
+def test_a_step_takes_no_more_than_the_edge_asks_for() -> None:
+    queue, committed = split(7)
+    queue.add(Draft(0, 1, (1, 2, 3), (0.5,) * 3, step_limit=2), 0.0)
+    work = queue.take(9)
+    assert work is not None
+    assert work.token_ids == (1, 2)
+    committed += [1, 2]
+    queue.judged()
+    queue.add(Draft(0, 4, (4, 5, 6), (0.5,) * 3), 0.0)  # says nothing: as before
+    assert len(queue.take(9).token_ids) == 2  # type: ignore[union-attr]
+    queue.add(Draft(0, 7, (7,), (0.5,), step_limit=8), 0.0)
+    assert len(queue.take(9).token_ids) == 5  # type: ignore[union-attr]

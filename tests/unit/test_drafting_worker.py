@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from edge_agent.drafting.messages import (
     DrafterSpec,
     Exhausted,
     OpenContext,
+    Paused,
     ProbeNeeded,
     Recover,
     Recovered,
@@ -314,3 +317,29 @@ def test_unloadable_drafters_say_why(tmp_path):
     ]:
         with pytest.raises(DrafterFailed, match=words):
             drafter.load(DrafterSpec(backend, str(tmp_path)))
+
+
+def test_an_unsure_drafter_pauses_until_it_is_allowed_on() -> None:
+    harness = Harness(MODEL)
+    spec = dataclasses.replace(context_spec(), confidence_stop=0.999)
+    harness.open(1, spec, limit=20)
+    assert [type(event) for event in harness.run()] == [Drafted, Paused]
+    harness.worker.handle(1, Allow(20))
+    drafted, paused = harness.run()
+    assert (drafted.position, paused) == (4, Paused(0, 5))
+    harness.worker.handle(1, Rollback(1, 4, (9,)))
+    assert [type(event) for event in harness.run()] == [Drafted, Paused]
+
+
+def test_a_sure_drafter_goes_on() -> None:
+    harness = Harness(sequence([5, 6, 7], 3))
+    harness.open(1, dataclasses.replace(context_spec(), confidence_stop=0.999), limit=6)
+    assert [type(event) for event in harness.run()] == [Drafted] * 3
+
+
+def test_confidence_is_the_models_own_whatever_the_temperature() -> None:
+    """Greedy, the law is certain of every token; the model is not."""
+    harness = Harness(MODEL)
+    spec = dataclasses.replace(context_spec(temperature=0.0), confidence_stop=0.999)
+    harness.open(1, spec, limit=20)
+    assert [type(event) for event in harness.run()] == [Drafted, Paused]

@@ -133,6 +133,8 @@ def cause(session: EdgeSession, event: EdgeEvent) -> list[Effect]:
             return session.drafted(branch, end, (9,), (0.5,), 0.0)
         case EdgeEvent.EXHAUSTED:
             return session.exhausted(branch, end, 0.0)
+        case EdgeEvent.PAUSED:
+            return session.paused(branch, end, 0.0)
         case EdgeEvent.RECOVERED:
             return session.recovered(branch, position, 9, 0.0)
         case EdgeEvent.PROBE_NEEDED:
@@ -550,3 +552,101 @@ def test_cancelling_tells_the_cloud_once() -> None:
     assert session.cancel() == [Send(Finish())]
     assert session.cancel() == []
     assert lost(started()).cancel() == []
+
+
+# -- control: pauses, deadlines, lengths
+
+
+def test_a_paused_drafter_goes_on_when_something_is_committed() -> None:
+    session = started(mode=SPLIT)
+    drafted(session, 7, 8)
+    assert session.paused(session.branch, 5, 0.0) == []
+    effects = session.receive(Verdict(0, 3, 1, num_draft_tokens=1), 0.0)
+    assert effects == [Commit((7,)), Allow(8)]
+
+
+def test_a_drafter_that_paused_too_late_goes_on_at_once() -> None:
+    session = started(max_tokens=3, mode=SPLIT)  # its limit cannot grow any more
+    assert session._limit == 5
+    drafted(session, 7)
+    session.receive(Verdict(0, 3, 1, num_draft_tokens=1), 0.0)
+    assert session.paused(session.branch, 4, 0.0) == [Allow(5)]
+
+
+def test_a_pause_ends_the_round() -> None:
+    session = started(mode=SPLIT, fast_verify=False)
+    assert frames(drafted(session, 7)) == []
+    [frame] = frames(session.paused(session.branch, 4, 0.0))
+    assert (frame.token_ids, frame.end_of_round) == ((7,), True)
+
+
+def test_a_rollback_ends_a_pause() -> None:
+    session = started(mode=COUPLED, fast_verify=False)
+    drafted(session, 7)
+    session.paused(session.branch, 4, 0.0)
+    session.receive(Verdict(0, 3, 0, (5,), num_draft_tokens=1), 0.0)
+    assert frames(drafted(session, 8)) == []
+
+
+def test_a_slow_round_goes_out_short_at_its_deadline() -> None:
+    session = started(mode=SPLIT, fast_verify=False, draft_length=4, round_timeout_s=0.5)
+    assert session.deadline is None
+    assert frames(drafted(session, 7, now=1.0)) == []
+    drafted(session, 8, now=1.2)
+    assert session.deadline == 1.5
+    assert session.tick(1.4) == []
+    [frame] = frames(session.tick(1.5))
+    assert (frame.token_ids, frame.end_of_round) == ((7, 8), True)
+    assert session.deadline is None
+    assert session.tick(9.0) == []
+
+
+def test_without_a_timeout_there_is_no_deadline() -> None:
+    session = started(mode=SPLIT, fast_verify=False, draft_length=4)
+    drafted(session, 7, now=1.0)
+    assert session.deadline is None
+
+
+def test_no_deadline_while_the_link_is_lost() -> None:
+    session = started(mode=SPLIT, fast_verify=False, draft_length=4, round_timeout_s=0.5)
+    drafted(session, 7, now=1.0)
+    assert session.deadline == 1.5
+    session.link_lost(1.1)
+    assert session.deadline is None
+
+
+def test_lengths_change_in_the_middle() -> None:
+    session = started(mode=SPLIT, draft_length=2, window=4)
+    [frame] = frames(drafted(session, 7))
+    assert frame.step_limit == 2
+    assert session.set_length(4, 8, 0.0) == [Allow(11)]
+    [frame] = frames(drafted(session, 8))
+    assert frame.step_limit == 4
+    assert frames(drafted(session, 9))[0].step_limit == 0
+    assert session.set_length(4, 2, 0.0) == []  # what was allowed stays allowed
+
+
+def test_lengths_beyond_the_clouds_limits_are_capped() -> None:
+    session = started(mode=SPLIT)
+    assert session.set_length(99, 9999, 0.0) == [Allow(22)]  # all there is to generate
+    [frame] = frames(drafted(session, 7))
+    assert frame.step_limit == CARD.limits.max_draft_tokens
+
+
+def test_a_new_stream_is_told_the_draft_length_again() -> None:
+    session = started(mode=SPLIT, draft_length=3)
+    assert frames(drafted(session, 7))[0].step_limit == 3
+    session.link_lost(0.0)
+    resent = frames(session.resume(0.0))[1]
+    assert resent.step_limit == 3
+
+
+def test_whole_rounds_need_no_step_limit() -> None:
+    session = started(mode=SPLIT, fast_verify=False, draft_length=2)
+    [frame] = frames(drafted(session, 7, 8))
+    assert frame.step_limit == 0
+
+
+def test_without_split_rejection_the_whole_distribution_is_asked_for() -> None:
+    [request] = frames(new_session(mode=SPLIT, split_rejection=False).start(0.0))[:1]
+    assert request.sparse_k == 0

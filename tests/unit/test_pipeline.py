@@ -190,6 +190,9 @@ def policies() -> Iterator[SpeculationPolicy]:
             mode, draft_length=3, window=8, fast_verify=fast, parallel_draft=parallel
         )
 
+    yield SpeculationPolicy(SPLIT, draft_length=8, fast_verify=False, round_timeout_s=0.001)
+    yield SpeculationPolicy(SPLIT, draft_length=3, window=8, confidence_stop=0.5)
+
 
 @pytest.mark.usefixtures("no_task_left")
 @pytest.mark.parametrize("policy", [*policies()], ids=str)

@@ -40,6 +40,11 @@ def tokens(*token_ids: int) -> Any:
 OPEN = Open("s-1", tokens(1, 2, 3), EMPTY_TOKENS, SamplingParams(), SPLIT, 20, (0,), sparse_k=16)
 
 
+def test_the_whole_distribution_is_given_where_the_limit_holds_it() -> None:
+    generous = dataclasses.replace(CARD, limits=Limits(4, 8, WIDTH, 3, 2))
+    validation.check_open(dataclasses.replace(OPEN, sparse_k=0), generous)
+
+
 @pytest.mark.parametrize("mode", [SPLIT, COUPLED])
 def test_a_good_opening_passes(mode: VerificationMode) -> None:
     validation.check_open(dataclasses.replace(OPEN, mode=mode), CARD)
@@ -64,7 +69,7 @@ def test_a_good_opening_passes(mode: VerificationMode) -> None:
         ({"max_tokens": 2**32 - 1}, "max_tokens"),
         ({"stop_token_ids": (1, 2, 3, 4)}, "stop_token_ids"),
         ({"stop_token_ids": (WIDTH,)}, "stop_token_ids"),
-        ({"sparse_k": 0}, "sparse_k"),
+        ({"sparse_k": 0}, "sparse_k"),  # all of P: more than is given out here
         ({"sparse_k": 17}, "sparse_k"),
         ({"assist": AssistPolicy.IDLE}, "assist"),
         ({"probe": validation.MAX_PROBE + 1}, "probe"),
@@ -150,6 +155,8 @@ def test_good_drafts_pass(mode: VerificationMode, draft: Draft) -> None:
         (SPLIT, Draft(0, 3, (1,), (0.5,), probe=1), "probe"),
         (SPLIT, Draft(0, 3, probe=validation.MAX_PROBE + 1), "probe"),
         (COUPLED, Draft(0, 3, probe=2), "probe"),
+        (SPLIT, Draft(0, 3, (1,), (0.5,), step_limit=5), "step_limit"),
+        (SPLIT, Draft(0, 3, (1,), (0.5,), step_limit=-1), "step_limit"),
     ],
 )
 def test_drafts_that_can_never_be_right(mode: VerificationMode, draft: Draft, field: str) -> None:

@@ -125,10 +125,11 @@ def test_rejection_is_the_smallest_top_k() -> None:
     assert {target.rejection(1, True, s, 0, 0).tail_token_id for s in range(99)} <= {1, 3, 4}
 
 
-def test_rejection_without_a_limit_holds_the_whole_support() -> None:
+def test_rejection_without_a_limit_is_all_of_the_law_in_order() -> None:
     target = TargetDistribution(None, torch.tensor([0.0, 0.3, 0.6995, 0.0005]))
     whole = target.rejection(0, True, 0, 0, 0)
-    assert whole.token_ids.tolist() == [2, 1, 3]
+    assert whole.token_ids.tolist() == [0, 1, 2, 3]
+    assert whole.probs.tolist() == target.probs.tolist()
     assert whole.tail_mass == 0.0
     assert TargetDistribution(torch.tensor([7]), torch.ones(1)).rejection(
         64, True, 0, 0, 0

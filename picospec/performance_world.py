@@ -1,0 +1,146 @@
+"""What the two ends of a simulated session share: time, chance, the wires, and the counts.
+
+An event is (time, rank, what to do). Of events at the same time those of lower rank go first: what
+has happened comes before what begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from picospec.performance_costs import Acceptance, Costs, Link, Scheme
+
+# Ranks of events at the same time.
+HAPPENED, ARRIVES, STEP_ENDS, IS_HEARD, BEGINS = range(5)
+
+
+class Plan(Protocol):
+    """What a controller decides; `edge_agent.control.DraftPlan` is one."""
+
+    @property
+    def draft_length(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
+
+
+class Controller(Protocol):
+    """`edge_agent.control.DraftLengthController`, as a simulation needs it; times in seconds."""
+
+    def drafted(self, num_tokens: int, seconds: float) -> None: ...
+
+    def judged(
+        self, num_judged: int, num_accepted: int, queue_s: float, compute_s: float
+    ) -> None: ...
+
+    def round_trip(self, seconds: float) -> None: ...
+
+    def plan(self, now: float) -> Plan: ...
+
+
+class SimulatedDraft(NamedTuple):
+    place: int
+    is_good: bool  # whether it will be accepted
+    arrived_ms: float = 0.0  # at the engine
+
+
+class SimulatedVerdict(NamedTuple):
+    epoch: int
+    num_judged: int
+    num_accepted: int
+    num_own: int  # coupled: the recovered or bonus token
+    rejected: bool
+    queue_ms: float  # of the newest draft judged, before the step
+    compute_ms: float
+
+
+@dataclass(slots=True)
+class Counts:
+    verdicts: int = 0
+    forwards: int = 0
+    accepted: int = 0
+    verify_ms: float = 0.0
+    draft_ms: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class World:
+    """`deliver` and `hear` are where the wires end; the simulation sets them."""
+
+    deliver: Callable[[int, list[SimulatedDraft], bool], None]  # epoch, drafts, with a head?
+    hear: Callable[[SimulatedVerdict], None]
+
+    def __init__(
+        self,
+        costs: Costs,
+        scheme: Scheme,
+        link: Link,
+        alpha: Acceptance,
+        seed: int,
+        controller: Controller | None,
+    ) -> None:
+        self.costs, self.scheme, self.link, self.alpha = costs, scheme, link, alpha
+        self.controller = controller
+        self.now_ms = 0.0
+        self.rng = random.Random(seed)
+        self.counts = Counts()
+        self._events: list[tuple[float, int, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._up, self._down = Wire(self), Wire(self)
+
+    @property
+    def next_ms(self) -> float:
+        """When the next event is; infinity if none is."""
+        return self._events[0][0] if self._events else float("inf")
+
+    def play_next(self) -> None:
+        self.now_ms, _, _, handle = heapq.heappop(self._events)
+        handle()
+
+    def after(self, delay_ms: float, rank: int, handle: Callable[[], None]) -> None:
+        self.at(self.now_ms + delay_ms, rank, handle)
+
+    def at(self, time_ms: float, rank: int, handle: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time_ms, rank, next(self._order), handle))
+
+    def send_up(self, num_bytes: int, handle: Callable[[], None]) -> None:
+        self.counts.bytes_up += num_bytes
+        self._up.send(num_bytes, ARRIVES, handle)
+
+    def send_down(self, num_bytes: int, handle: Callable[[], None]) -> None:
+        self.counts.bytes_down += num_bytes
+        self._down.send(num_bytes, IS_HEARD, handle)
+
+    def replan(self) -> None:
+        """Ask the controller; what it says holds at once, on both sides."""
+        if self.controller is None:
+            return
+        plan = self.controller.plan(self.now_ms / 1e3)
+        if (plan.draft_length, plan.window) != (self.scheme.draft_length, self.scheme.window):
+            self.scheme = dataclasses.replace(
+                self.scheme, draft_length=plan.draft_length, window=plan.window
+            )
+
+
+class Wire:
+    """One direction: first in, first out, also where the delay shrinks."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._busy_until_ms = 0.0
+        self._last_arrival_ms = 0.0
+
+    def send(self, num_bytes: int, rank: int, handle: Callable[[], None]) -> None:
+        world = self._world
+        begin_ms = max(world.now_ms, self._busy_until_ms)
+        self._busy_until_ms = begin_ms + world.link.transfer_ms(num_bytes)
+        arrival_ms = self._busy_until_ms + world.link.rtt_ms / 2
+        self._last_arrival_ms = max(self._last_arrival_ms, arrival_ms)
+        world.at(self._last_arrival_ms, rank, handle)
