@@ -79,7 +79,9 @@ def result() -> Result:
         machine=machine,
         settings={"both": {"dtype": "float32"}, "stock": {"eager": False}},
         groups=[measured(each) for each in planned],
-        costs=Costs({"coupled": {0: 40.0, 4: 60.0}, "split": {4: 61.0}}, {"int4": 7.5}, 42.0),
+        costs=Costs(
+            {"coupled": {0: 40.0, 4: 60.0}, "split": {4: 61.0}}, {"int4": 7.5, "int8": 13.2}, 42.0
+        ),
     )
 
 
