@@ -1,7 +1,7 @@
 """What the event simulation expects of a measured condition, fed by the costs of the same run.
 
-Measured costs (costs.py), the scheme, the link as it was set, the condition's own acceptance rate and
-sizes of messages go in; nothing is fitted to the throughput that is predicted.
+Measured costs (costs.py), the scheme, the link as it was set, the condition's own acceptance rate
+and sizes of messages go in; nothing is fitted to the throughput that is predicted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from bench.systems import configured
 from bench.tables import Predict
 from picospec import performance as model
 from picospec.messages import VerificationMode
+from picospec.performance_simulation import simulate
 
 SIMULATED_TOKENS = 4000
 # Decoding without drafts is no matter of this model (performance.cloud_only).
@@ -55,9 +56,8 @@ def predict(measured: ConditionResult, costs: Costs) -> float | None:
     verify_ms = dict(costs.verify_ms[speculation.mode.value])
     verify_ms[0] = costs.verify_ms["coupled"][0]
     parts = model.Costs(costs.draft_ms[condition.draft], model.VerifyCost.measured(verify_ms))
-    return model.simulate(
-        parts, scheme, link, acceptance(measured.complete), SIMULATED_TOKENS, seed=1
-    ).tokens_per_s
+    alpha = acceptance(measured.complete)
+    return simulate(parts, scheme, link, alpha, SIMULATED_TOKENS, seed=1).tokens_per_s
 
 
 def acceptance(records: list[Record]) -> float:

@@ -96,8 +96,8 @@ def _sections(result: Result, predict: Predict | None) -> Iterator[tuple[str, st
     if predict is not None:
         yield (
             "Predicted and measured",
-            "The event simulation (`picospec/performance_simulation.py`), fed by the costs above and "
-            "each condition's own acceptance rate; nothing is fitted to the speed.",
+            "The event simulation (`picospec/performance_simulation.py`), fed by the costs above "
+            "and each condition's own acceptance rate; nothing is fitted to the speed.",
             "",
             tables.predictions(result, predict),
         )
