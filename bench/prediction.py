@@ -56,9 +56,8 @@ def predict(measured: ConditionResult, costs: Costs) -> float | None:
     verify_ms = dict(costs.verify_ms[speculation.mode.value])
     verify_ms[0] = costs.verify_ms["coupled"][0]
     parts = model.Costs(costs.draft_ms[condition.draft], model.VerifyCost.measured(verify_ms))
-    return simulate(
-        parts, scheme, link, acceptance(measured.complete), SIMULATED_TOKENS, seed=1
-    ).tokens_per_s
+    alpha = acceptance(measured.complete)
+    return simulate(parts, scheme, link, alpha, SIMULATED_TOKENS, seed=1).tokens_per_s
 
 
 def acceptance(records: list[Record]) -> float:
