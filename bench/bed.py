@@ -12,17 +12,21 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Sequence
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.machine import cloud_core, cpu_time_s, edge_core, pinned
 from bench.metering import MeteredLink
+from bench.scenarios import Condition
 from bench.stock_client import StockClient
 from bench.stock_server import EQUAL_SETTINGS
 from bench.wan_process import NO_BYTES, Counts, WanProcess
+from edge_agent.control import DraftLengthController
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.link import CloudLink
@@ -35,6 +39,7 @@ from picospec_cli.processes import Daemon, stop
 START_TIMEOUT_S = 600.0  # compiling takes minutes the first time
 LINK_TIMEOUT_S = 300.0  # a whole distribution may be ahead of us on a slow link
 POLL_INTERVAL_S = 0.5
+ROUND_TRIPS = 5
 IDLE_SETTLE_S = 2.0
 IDLE_WINDOW_S = 2.0
 IDLE_SHARE_MAX = 0.05
@@ -53,6 +58,8 @@ class Bed:
     drafting: dict[str, DraftingProcess]
     tokenizer: Tokenizer
     settings: dict[str, Any]  # what the results say about both engines
+    controls: dict[Condition, Callable[[], DraftLengthController]] = field(default_factory=dict)
+    round_trip_ms: float = 0.0  # measured when the link was set
     _fence: Counts = NO_BYTES  # what one `drained` itself puts on the line
 
     async def set_link(self, rtt_ms: float, kbit_s: float | None) -> None:
@@ -63,11 +70,20 @@ class Bed:
         await self.drained()
         before = await self.cloud_relay.counts()
         self._fence = await self.drained() - before
+        self.round_trip_ms = await self._round_trip_ms()
 
     async def reconnect(self) -> None:
         """To stock vLLM, after a generation that failed. The old one is aborted."""
         self.stock.close()
         self.stock = await StockClient.connect(self.stock_relay.port)
+
+    async def _round_trip_ms(self) -> float:
+        times_ms = []
+        for _ in range(ROUND_TRIPS):
+            started_s = time.perf_counter()
+            await self.cloud.get_model()
+            times_ms.append((time.perf_counter() - started_s) * 1e3)
+        return statistics.median(times_ms)
 
     async def drained(self) -> Counts:
         """The cloud's line, once all that was sent so far has arrived.

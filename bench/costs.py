@@ -7,14 +7,19 @@ before without drafts, which also gives k = 0. Counts take turns, so that drift 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import statistics
 from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from bench.bed import Bed
 from bench.results import Costs
 from bench.scenarios import Condition, System
 from bench.systems import Task, generate
+from edge_agent.drafting.messages import ContextSpec, Drafted, DraftEvent
+from edge_agent.drafting.process import DraftingProcess
 from picospec.messages import (
     EMPTY_TOKENS,
     AssistPolicy,
@@ -30,6 +35,7 @@ COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 SAFE_PROB = 1e-12  # claimed for a draft in split mode; the target's is above it: accepted
 SAMPLED = 0.7  # temperature at which split mode is measured
 DRAFT_TOKENS = 64  # drafted in a row to time the drafter
+PREFILL_S = 1.0  # for the drafter's prompt
 CYCLE_TOKENS = sum(count + 1 for count in COUNTS)  # with a bonus token each
 
 _names = (f"costs-{number}" for number in itertools.count())
@@ -61,7 +67,59 @@ async def measure(bed: Bed, prompt_token_ids: TokenArray, cycles: int) -> Costs:
         alone = Condition(System.EDGE_ONLY, draft, 0.0)
         task = Task("costs", prompt_token_ids, DRAFT_TOKENS, seed=1)
         costs.draft_ms[draft] = 1e3 / await _timed(bed, alone, task)
+        await _measure_busy(bed, draft, prompt_token_ids, text, cycles, costs)
     return costs
+
+
+async def _measure_busy(
+    bed: Bed, draft: str, prompt: TokenArray, text: list[int], cycles: int, costs: Costs
+) -> None:
+    """Both sides at once: verification in split mode while the drafter drafts, and its drafts."""
+    times_ms: dict[int, list[float]] = defaultdict(list)
+    drafting = bed.drafting[draft]
+    async with _drafting_on(drafting, prompt, bed.card.logits_width):
+        before = drafting.drafted_tokens, drafting.drafting_s
+        await _decode(bed, prompt, times_ms[0])
+        for _ in range(cycles):
+            await _verify(bed, prompt, text, VerificationMode.SPLIT, times_ms)
+        num_tokens = drafting.drafted_tokens - before[0]
+        costs.busy_draft_ms[draft] = (drafting.drafting_s - before[1]) / max(1, num_tokens) * 1e3
+    costs.busy_verify_ms[draft] = {
+        count: statistics.median(times) for count, times in sorted(times_ms.items())
+    }
+
+
+@asynccontextmanager
+async def _drafting_on(
+    drafting: DraftingProcess, prompt: TokenArray, logits_width: int
+) -> AsyncIterator[None]:
+    """The drafter computes all the while, over and over the same stretch of text."""
+    length = len(prompt)
+    branches = itertools.count(1)
+
+    def on_event(event: DraftEvent) -> None:
+        if isinstance(event, Drafted) and event.position >= length + DRAFT_TOKENS - 1:
+            context.rollback(next(branches), length)
+
+    context = drafting.open(
+        ContextSpec(
+            request_id=next(_names),
+            token_ids=prompt,
+            sampling=SamplingParams(temperature=0.0),
+            mode=VerificationMode.COUPLED,
+            stop_token_ids=(),
+            prompt_length=length,
+            max_length=length + DRAFT_TOKENS,
+            logits_width=logits_width,
+        ),
+        on_event,
+    )
+    context.allow(length + DRAFT_TOKENS)
+    try:
+        await asyncio.sleep(PREFILL_S)
+        yield
+    finally:
+        context.close()
 
 
 async def _timed(bed: Bed, condition: Condition, task: Task) -> float:

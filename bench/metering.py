@@ -88,13 +88,14 @@ class Traffic:
     misses: int  # verdicts that rejected a draft
     rejections: int
     rejection_bytes: int  # of the verdicts that carry one
-    queue_us: float  # mean over verdicts
+    queue_us: float  # mean over verdicts on drafts, so without the prompt's prefill
     compute_us: float
 
 
 def traffic(sent: list[EdgeFrame], received: list[CloudFrame]) -> Traffic:
     drafts = [frame for frame in sent if isinstance(frame, Draft)]
     verdicts = [frame for frame in received if isinstance(frame, Verdict)]
+    judging = [verdict for verdict in verdicts if verdict.num_draft_tokens] or verdicts[1:]
     rejections = [verdict for verdict in verdicts if verdict.rejection is not None]
     return Traffic(
         num_drafts_sent=sum(len(draft.token_ids) - draft.num_forced for draft in drafts),
@@ -107,8 +108,8 @@ def traffic(sent: list[EdgeFrame], received: list[CloudFrame]) -> Traffic:
         rejection_bytes=sum(
             len(codec.encode_cloud(verdict).SerializeToString()) for verdict in rejections
         ),
-        queue_us=_mean(verdicts, lambda verdict: verdict.queue_us),
-        compute_us=_mean(verdicts, lambda verdict: verdict.compute_us),
+        queue_us=_mean(judging, lambda verdict: verdict.queue_us),
+        compute_us=_mean(judging, lambda verdict: verdict.compute_us),
     )
 
 

@@ -1,10 +1,12 @@
 """What the event simulation expects of a measured condition, fed by the costs of the same run.
 
-Measured costs (costs.py), the scheme, the link as it was set, the condition's own acceptance rate
-and sizes of messages go in; nothing is fitted to the throughput that is predicted.
+What goes in is measured: the cost of verification (costs.py), the link's round trip, and each
+generation's own length, acceptance rate and drafting time a token. Nothing is fitted to the speed.
 """
 
 from __future__ import annotations
+
+import statistics
 
 from bench.results import ConditionResult, Costs, Record, Result
 from bench.scenarios import System
@@ -14,7 +16,7 @@ from picospec import performance as model
 from picospec.messages import VerificationMode
 from picospec.performance_simulation import simulate
 
-SIMULATED_TOKENS = 4000
+RUNS = 40  # simulated generations of each measured one
 # Decoding without drafts is no matter of this model (performance.cloud_only).
 PREDICTED = frozenset(
     {
@@ -49,23 +51,46 @@ def predict(measured: ConditionResult, costs: Costs) -> float | None:
         kept_rows=split and speculation.fast_verify,
     )
     link = model.Link(
-        rtt_ms=condition.rtt_ms,
+        rtt_ms=measured.round_trip_ms,
         bandwidth_bps=None if condition.kbit_s is None else condition.kbit_s * 1e3,
         **_sizes(measured),
     )
-    verify_ms = dict(costs.verify_ms[speculation.mode.value])
-    verify_ms[0] = costs.verify_ms["coupled"][0]
-    parts = model.Costs(costs.draft_ms[condition.draft], model.VerifyCost.measured(verify_ms))
-    alpha = acceptance(measured.complete)
-    return simulate(parts, scheme, link, alpha, SIMULATED_TOKENS, seed=1).tokens_per_s
+    verify_ms = model.VerifyCost.measured(_verify_ms(costs, condition.draft, scheme))
+    return statistics.median(
+        _speed(
+            model.Costs(record.draft_ms, verify_ms),
+            scheme,
+            link,
+            acceptance(record),
+            len(record.token_ids),
+        )
+        for record in measured.complete
+    )
 
 
-def acceptance(records: list[Record]) -> float:
+def _speed(
+    costs: model.Costs, scheme: model.Scheme, link: model.Link, alpha: float, num_tokens: int
+) -> float:
+    """Tokens a second of generations as long as the measured one, the first token left out."""
+    time_s = 0.0
+    for seed in range(RUNS):
+        prediction = simulate(costs, scheme, link, alpha, num_tokens - 1, seed)
+        time_s += (num_tokens - 1) / prediction.tokens_per_s
+    return RUNS * (num_tokens - 1) / time_s
+
+
+def _verify_ms(costs: Costs, draft: str, scheme: model.Scheme) -> dict[int, float]:
+    """Where both sides compute at once, what it takes then; in sequence, what it takes alone."""
+    if scheme.parallel_draft:
+        return costs.busy_verify_ms[draft]
+    return {**costs.verify_ms["split"], 0: costs.verify_ms["coupled"][0]}
+
+
+def acceptance(record: Record) -> float:
     """A judged draft's chance, given that those before it were accepted: every chain of accepted
     drafts ends with one rejection."""
-    accepted = sum(record.accepted for record in records)
-    rejected = sum(record.rejections for record in records)
-    return accepted / (accepted + rejected) if accepted + rejected else 0.0
+    judged = record.accepted + record.rejections
+    return record.accepted / judged if judged else 0.0
 
 
 def _sizes(measured: ConditionResult) -> dict[str, int]:

@@ -89,6 +89,8 @@ def _sections(result: Result, predict: Predict | None) -> Iterator[tuple[str, st
         "Costs of the parts",
         f"Stock vLLM: {result.costs.baseline_ms:.1f} ms a token. Drafts, ms a token: "
         + ", ".join(f"{draft} {ms:.1f}" for draft, ms in result.costs.draft_ms.items())
+        + "; while the cloud verifies: "
+        + ", ".join(f"{draft} {ms:.1f}" for draft, ms in result.costs.busy_draft_ms.items())
         + ".",
         "",
         tables.costs(result),

@@ -60,6 +60,7 @@ class ConditionResult:
     condition: Condition
     records: list[Record] = field(default_factory=list)
     baseline: bool = False
+    round_trip_ms: float = 0.0  # of a question and its answer on this link, as measured
 
     @property
     def complete(self) -> list[Record]:
@@ -102,6 +103,9 @@ class Costs:
     verify_ms: dict[str, dict[int, float]] = field(default_factory=dict)  # mode: drafts: ms
     draft_ms: dict[str, float] = field(default_factory=dict)  # draft: ms a token
     baseline_ms: float = 0.0  # a token of stock vLLM
+    # The same while the other side computes, too: both share memory and its bandwidth.
+    busy_verify_ms: dict[str, dict[int, float]] = field(default_factory=dict)  # draft: ...
+    busy_draft_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -167,6 +171,7 @@ def from_json(data: dict[str, Any]) -> Result:
                     _condition(entry["condition"]),
                     [Record(**record) for record in entry["records"]],
                     entry["baseline"],
+                    entry["round_trip_ms"],
                 )
                 for entry in group["conditions"]
             ],
@@ -175,11 +180,14 @@ def from_json(data: dict[str, Any]) -> Result:
         for group in data["groups"]
     ]
     costs = data["costs"]
-    verify_ms = {
-        mode: {int(count): ms for count, ms in times.items()}
-        for mode, times in costs["verify_ms"].items()
+    tables = {
+        name: {
+            key: {int(count): ms for count, ms in times.items()}
+            for key, times in costs[name].items()
+        }
+        for name in ("verify_ms", "busy_verify_ms")
     }
-    return Result(**{**data, "groups": groups, "costs": Costs(**{**costs, "verify_ms": verify_ms})})
+    return Result(**{**data, "groups": groups, "costs": Costs(**{**costs, **tables})})
 
 
 def load(path: Path) -> Result:

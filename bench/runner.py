@@ -138,6 +138,8 @@ class _Run:
         results[0].baseline = True
         rtt_ms, kbit_s, _ = group.conditions[0].link
         await self._bed.set_link(rtt_ms, kbit_s)
+        for result in results:
+            result.round_trip_ms = self._bed.round_trip_ms
         for repetition in range(num_prompts):
             await self._repeat(repetition, group, results)
         wall_s = time.monotonic() - started_s

@@ -205,12 +205,13 @@ async def _edge_only(bed: Bed, condition: Condition, task: Task) -> Record:
 async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
     assert condition.draft is not None
     drafting = bed.drafting[condition.draft]
-    before = drafting.drafted_tokens, drafting.drafting_s
     wire = await bed.cloud_relay.counts()
     bed.link.reset()
     config = configured(condition)
+    # As in the daemon, an edge's chats learn from each other.
+    control = bed.controls.setdefault(condition, control_of(config))
     generator = SpeculativeGenerator(
-        bed.link, drafting, lambda: bed.card, policy_of(config), control=control_of(config)
+        bed.link, drafting, lambda: bed.card, policy_of(config), control=control
     )
     request = GenerationRequest(
         request_id=f"bench-{next(_numbers)}",
@@ -221,8 +222,11 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
     )
     watch = Stopwatch()
     generation = generator.generate(request)
+    before: tuple[int, float] | None = None  # once the drafter's prefill is behind it
     try:
         async for chunk in generation:
+            if before is None and watch.token_ids:
+                before = drafting.drafted_tokens, drafting.drafting_s
             watch.add(chunk.token_ids)
     finally:
         await generation.aclose()
@@ -247,7 +251,7 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
         wire_down=crossed.down,
         queue_us=seen.queue_us,
         compute_us=seen.compute_us,
-        draft_ms=_draft_ms(bed, condition.draft, before),
+        draft_ms=_draft_ms(bed, condition.draft, before) if before is not None else 0.0,
     )
 
 

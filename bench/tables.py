@@ -254,10 +254,14 @@ def links(result: Result, column: Column, settings: set[Setting]) -> str:
 
 def costs(result: Result) -> str:
     """What one verification takes, by mode and number of drafts."""
-    counts = sorted({count for times in result.costs.verify_ms.values() for count in times})
+    costs = result.costs
+    named = {f"verification, {mode}": times for mode, times in costs.verify_ms.items()}
+    for draft, times in costs.busy_verify_ms.items():
+        named[f"split, while {draft} drafts"] = times
+    counts = sorted({count for times in named.values() for count in times})
     rows = [
-        [f"verification, {mode}", *(f"{times[n]:.1f}" if n in times else "" for n in counts)]
-        for mode, times in result.costs.verify_ms.items()
+        [name, *(f"{times[n]:.1f}" if n in times else "" for n in counts)]
+        for name, times in named.items()
     ]
     return table(["ms, by drafts", *map(str, counts)], rows)
 

@@ -43,6 +43,7 @@ def measured(planned: Group) -> GroupResult:
                 rejections=2 * drafts,
                 draft_bytes=160 * drafts,
                 rejection_bytes=120 * drafts,
+                draft_ms=8.0 * drafts,
                 payload_up=300,
                 wire_up=500,
                 compared=condition.temperature == 0.0 and drafts,
@@ -80,7 +81,11 @@ def result() -> Result:
         settings={"both": {"dtype": "float32"}, "stock": {"eager": False}},
         groups=[measured(each) for each in planned],
         costs=Costs(
-            {"coupled": {0: 40.0, 4: 60.0}, "split": {4: 61.0}}, {"int4": 7.5, "int8": 13.2}, 42.0
+            {"coupled": {0: 40.0, 4: 60.0}, "split": {4: 61.0}},
+            {"int4": 7.5, "int8": 13.2},
+            42.0,
+            {draft: {0: 41.0, 4: 62.0} for draft in ("int4", "int8")},
+            {"int4": 8.0, "int8": 14.0},
         ),
     )
 
