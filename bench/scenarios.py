@@ -108,6 +108,9 @@ def fixed(draft_length: int) -> Overrides:
     return (("draft_length", draft_length),)
 
 
+# The paper's example, and its truncation of P, which changes the law of the output.
+TOP_10: Overrides = (("sparse_k", 10),)
+TRUNCATED_10: Overrides = (("exact", False), ("sparse_k", 10))
 ADAPTIVE: Overrides = (("control", "adaptive"),)
 
 
@@ -139,6 +142,11 @@ SWEPT_ELSEWHERE = (1, 2, 4, 8)
 # Without sampling there is no distribution to send whole, hence not greedy.
 ABLATION_TEMPERATURE = 0.7
 ABLATED = tuple((system, ()) for system in (System.PICOSPEC, *ABLATIONS, System.VANILLA))
+SPARSE = (
+    (System.PICOSPEC, TOP_10),
+    (System.NO_FAST_VERIFICATION, TOP_10),
+    (System.PICOSPEC, TRUNCATED_10),
+)
 SPLIT_OR_DENSE = ((System.PICOSPEC, ()), (System.NO_SPLIT_REJECTION, ()))
 
 
@@ -172,7 +180,8 @@ def full() -> Suite:
         (
             *rtts,
             group(
-                "ablation", (rtt_ms, None, warm), (*ABLATED, (System.NEVER_WAITING, ())),
+                "ablation", (rtt_ms, None, warm),
+                (*ABLATED, *SPARSE, (System.NEVER_WAITING, ())),
                 num_prompts=8, max_tokens=64,
             ),
             group(

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 
 from bench import paper
 from bench.results import ConditionResult, GroupResult, Record, Result
-from bench.scenarios import ADAPTIVE, DRAFTS, Condition, System, fixed
+from bench.scenarios import ADAPTIVE, DRAFTS, TOP_10, TRUNCATED_10, Condition, System, fixed
 from bench.spreads import mean_absolute_error, spread
 
 Predict = Callable[[ConditionResult], float | None]  # tokens a second, None: not modelled
 Column = Callable[[Condition], str]  # what a column is called
 Setting = tuple[float, float | None, float]  # Condition.link
 Row = Sequence[str]
+
+ROUND = 4  # drafts: the default draft length, which the ablation keeps
 
 NAMES = {
     System.CLOUD_ONLY: "stock vLLM",
@@ -45,6 +47,9 @@ def label(condition: Condition) -> str:
         words.append("adaptive")
     elif "draft_length" in dict(condition.overrides):
         words.append(f"n = {dict(condition.overrides)['draft_length']}")
+    elif "sparse_k" in dict(condition.overrides):
+        words.append(f"K = {dict(condition.overrides)['sparse_k']}")
+        words += ["truncated"] if condition.overrides == TRUNCATED_10 else []
     return ", ".join(words)
 
 
@@ -161,9 +166,10 @@ def ablation(result: Result) -> str:
                 speedup_cell(group, each),
                 f"{relative:.2f}",
                 f"{_median(each, lambda record: record.acceptance):.2f}",
+                f"{_median(each, lambda record: 1e3 * record.seconds / record.verdicts):.1f}",
                 f"{_median(each, lambda record: record.compute_us / 1e3):.1f}",
+                f"{_median(each, lambda record: ROUND * record.draft_ms):.1f}",
                 f"{_median(each, lambda record: record.queue_us / 1e3):.1f}",
-                f"{_median(each, lambda record: record.draft_ms):.1f}",
                 *(
                     "" if row is None else f"{row.tokens_per_s / whole.tokens_per_s:.2f}"
                     for row, whole in zip(theirs, full, strict=True)
@@ -171,7 +177,7 @@ def ablation(result: Result) -> str:
             ]
         )
     head = ["", "speed-up, tokens/s", "of full", "acceptance"]
-    head += ["verification, ms", "queue, ms", "draft, ms/token"]
+    head += ["ms a round", "T_verify, ms", f"T_draft ({ROUND} drafts), ms", "queue, ms"]
     return table([*head, *(f"paper, {load}" for load in paper.ABLATION)], rows)
 
 
@@ -196,7 +202,7 @@ def ablated(result: Result) -> list[tuple[GroupResult, ConditionResult, float]]:
         whole = {
             each.condition.draft: each.speeds()
             for each in group.conditions
-            if each.condition.system is System.PICOSPEC
+            if each.condition.system is System.PICOSPEC and not each.condition.overrides
         }
         for each in group.conditions:
             reference, speeds = whole.get(each.condition.draft), each.speeds()
@@ -213,7 +219,11 @@ def traffic(result: Result) -> str:
     for group, each in result.find(lambda each: each.draft is not None and each.rtt_ms == 20.0):
         condition = each.condition
         length = int(condition.speculation.get("draft_length", 4))
-        if condition.system is System.EDGE_ONLY or condition.overrides not in ((), fixed(4)):
+        if condition.system is System.EDGE_ONLY or condition.overrides not in (
+            (),
+            fixed(4),
+            TOP_10,
+        ):
             continue
         rows.append(
             [

@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         parallel_draft=not arguments.no_parallel_draft,
         fast_verify=not arguments.no_fast_verify,
         mode=VerificationMode(arguments.mode),
-        kept_rows=not arguments.no_kept_rows,
+        kept_rows=not (arguments.no_kept_rows or arguments.no_fast_verify),
     )
     if arguments.draft_length_max < 1:
         raise ConfigError("--draft-length-max must be 1 or more")

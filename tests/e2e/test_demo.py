@@ -38,7 +38,8 @@ def demo(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_one_prompt_is_answered_and_summed_up(models: Path) -> None:
-    with demo("--prompt", "What is the capital of France?", "--max-tokens", "24") as process:
+    arguments = ["--max-tokens", "24", "--temperature", "0"]
+    with demo("--prompt", "What is the capital of France?", *arguments) as process:
         stdout, stderr = (out.decode() for out in process.communicate(timeout=TIMEOUT_S))
     assert process.returncode == 0, stderr
     assert "Paris" in stdout

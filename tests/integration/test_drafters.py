@@ -4,6 +4,7 @@ that every context keeps over them."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import random
 import signal
@@ -128,7 +129,7 @@ def test_a_long_prompt_does_not_starve_others(prompt):
 
 @pytest.mark.parametrize("mode", VerificationMode)
 async def test_killed_worker_goes_on_with_the_real_model(prompt, mode):
-    async def draft(kill_after: int) -> list[Drafted]:
+    async def draft(spec: ContextSpec, count: int, kill_after: int = 0) -> list[Drafted]:
         drafting = DraftingProcess(DrafterSpec("onnx", folder("draft-int8")))
         await drafting.start()
         events: list[Drafted] = []
@@ -138,22 +139,29 @@ async def test_killed_worker_goes_on_with_the_real_model(prompt, mode):
             events.append(event)
             if len(events) == kill_after:
                 os.kill(drafting.pid, signal.SIGKILL)
-            if len(events) == 24:
+            if len(events) == count:
                 done.set()
 
-        context = drafting.open(context_spec(prompt, mode, temperature=0.3), on_event)
-        context.allow(len(prompt) + 24)
+        context = drafting.open(spec, on_event)
+        context.allow(len(spec.token_ids) + count)
         await asyncio.wait_for(done.wait(), 60)
         assert drafting.restarts == (kill_after > 0)
         await drafting.stop()
         return events
 
-    undisturbed, killed = await draft(0), await draft(9)
-    # Prefilled, the chain's laws differ by rounding from those drafted token by token.
-    same = [event.token_ids for event in killed], [event.token_ids for event in undisturbed]
-    assert same[0][:9] == same[1][:9]
+    spec = context_spec(prompt, mode, temperature=0.3)
+    undisturbed, killed = await draft(spec, 24), await draft(spec, 24, kill_after=9)
+    assert killed[:9] == undisturbed[:9]
     assert [event.position for event in killed] == [event.position for event in undisturbed]
-    assert sum(a == b for a, b in zip(*same, strict=True)) >= 12
+    # The new worker has forwarded the chain in one batch, which rounds differently. So it goes on
+    # as one that was given the chain as a text: after 9 drafts, or those that were on their way.
+    for kept in range(9, 13):
+        chain = [token_id for event in killed[:kept] for token_id in event.token_ids]
+        text = np.array([*prompt, *chain], np.int32)
+        fresh = await draft(dataclasses.replace(spec, token_ids=text), 24 - kept)
+        if fresh == killed[kept:]:
+            return
+    raise AssertionError("the new worker goes on with another text than the lost one's")
 
 
 def test_onnx_drafter_loads_neither_torch_nor_transformers():

@@ -93,7 +93,7 @@ def test_the_simulation_is_near(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_switches(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--rtt", "20", "--bandwidth-mbps", "20", "--draft-length-max", "4"]
+    words = ["--rtt", "20", "--bandwidth-mbps", "10", "--draft-length-max", "4"]
 
     def best(*more: str) -> float:
         speed: float = model_json(capsys, *words, *more)["cases"][0]["rows"][0]["speedup"]
