@@ -1,0 +1,140 @@
+"""The cloud's overheads: a step of the engine, and a Draft's way to it (overhead.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+from bench.machine import cloud_core, pinned
+from edge_agent.link import CloudLink
+from picospec.messages import (
+    EMPTY_TOKENS,
+    AssistPolicy,
+    Draft,
+    Open,
+    SamplingParams,
+    Verdict,
+    VerificationMode,
+)
+from picospec_cli.model_folder import model_home
+
+PROMPT = [1, 4093, 198, 4093, 314, 260, 6376, 4461, 47, 2, 198, 1, 520, 9531, 198]
+GREEDY = SamplingParams(temperature=0.0)
+COUPLED = VerificationMode.COUPLED
+Result = dict[str, Any]
+
+
+async def measure_engine(repeats: int, num_tokens: int) -> Result:
+    """Milliseconds a step spends outside forward and sampling, decoding alone (k = 0) and with
+    four correct drafts a step (k = 4); `loop` includes vLLM's loop around the step."""
+    from cloud_server.config import EngineConfig
+    from cloud_server.engine.client import VLLMEngine
+
+    engine = VLLMEngine(
+        EngineConfig(
+            model=str(model_home() / "target"),
+            max_draft_tokens=4,
+            args={"enforce_eager": True, "max_model_len": 1024},
+        )
+    )
+    with pinned(cloud_core()):
+        await engine.start()
+    rows: dict[str, list[dict[str, float]]] = {"k=0": [], "k=4": []}
+    try:
+        text: list[int] = []
+        for _ in range(repeats):
+            row, text = await _decode(engine, num_tokens, [])
+            rows["k=0"].append(row)
+            row, same = await _decode(engine, num_tokens, text)
+            assert same == text, "the drafts changed the text"
+            rows["k=4"].append(row)
+    finally:
+        await engine.shutdown()
+    return {
+        name: {key: statistics.median(row[key] for row in group) for key in group[0]}
+        for name, group in rows.items()
+    }
+
+
+async def _decode(
+    engine: Any, num_tokens: int, drafts: list[int]
+) -> tuple[dict[str, float], list[int]]:
+    """One generation, by the engine alone or over `drafts`, all of which are delivered at once."""
+    events: asyncio.Queue[Any] = asyncio.Queue()
+    key = f"bench-{time.monotonic_ns()}"
+    request = Open(
+        session_id=key,
+        prompt_token_ids=np.array(PROMPT, np.int32),
+        output_token_ids=EMPTY_TOKENS,
+        sampling=GREEDY,
+        mode=COUPLED,
+        max_tokens=num_tokens,
+        assist=AssistPolicy.NEVER if drafts else AssistPolicy.ALWAYS,
+    )
+    await engine.open(key, request, events.put_nowait)
+    if drafts:
+        await engine.deliver(key, Draft(0, len(PROMPT), tuple(drafts)), time.monotonic())
+    text: list[int] = []
+    started_s, before = 0.0, engine.stats()
+    while True:
+        event = await events.get()
+        if isinstance(event, Exception):
+            raise event
+        if not isinstance(event, Verdict):
+            continue
+        if not text:  # the prompt is in: what follows is decoding
+            started_s, before = time.perf_counter(), engine.stats()
+        text += (drafts[len(text) :][: event.num_accepted]) + list(event.token_ids)
+        if event.finish_reason is not None:
+            break
+    wall_s, after = time.perf_counter() - started_s, engine.stats()
+    steps = after.steps - before.steps
+    model_s = (after.forward_s - before.forward_s) + (after.sampling_s - before.sampling_s)
+    return {
+        "steps": steps,
+        "forward_ms": (after.forward_s - before.forward_s) / steps * 1e3,
+        "sampling_ms": (after.sampling_s - before.sampling_s) / steps * 1e3,
+        "step_outside_ms": (after.step_s - before.step_s - model_s) / steps * 1e3,
+        "loop_outside_ms": (wall_s - model_s) / steps * 1e3,
+    }, text
+
+
+async def measure_delivery(link: CloudLink, num_drafts: int) -> Result:
+    """Milliseconds from a Draft's arrival to the start of the step that judges it, engine idle.
+
+    Wrong drafts one at a time in coupled mode: each is answered before the next is sent.
+    """
+    stream = link.open_stream("bench-delivery")
+    stream.send(
+        Open(
+            session_id="bench-delivery",
+            prompt_token_ids=np.array(PROMPT, np.int32),
+            output_token_ids=EMPTY_TOKENS,
+            sampling=GREEDY,
+            mode=COUPLED,
+            max_tokens=2 * num_drafts + 8,
+        )
+    )
+    queued_ms: list[float] = []
+    position, epoch = len(PROMPT), 0
+    while len(queued_ms) < num_drafts:
+        frame = await stream.receive()
+        assert frame is not None
+        if not isinstance(frame, Verdict):
+            continue
+        if frame.num_draft_tokens:
+            queued_ms.append(frame.queue_us / 1e3)
+        position += frame.num_accepted + len(frame.token_ids)
+        stream.send(Draft(epoch, position, (7,), end_of_round=True))
+        epoch += 1
+    await stream.aclose()
+    return _spread(queued_ms)
+
+
+def _spread(values: list[float]) -> Result:
+    cuts = statistics.quantiles(values, n=20)
+    return {"p5": cuts[0], "p50": statistics.median(values), "p95": cuts[-1], "n": len(values)}
