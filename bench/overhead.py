@@ -67,7 +67,7 @@ def _print(result: Result) -> None:
     print("\nDraft's arrival to the engine's step, ms (idle engine, n = {n})".format(**delivery))
     print("  p5 {p5:.2f}   p50 {p50:.2f}   p95 {p95:.2f}".format(**delivery))
     print(
-        "\na law on the wire, us and bytes     packed: encode  decode   bytes   lists: encode  decode"
+        "\na law on the wire, us             packed: encode  decode   bytes   lists: encode  decode"
     )
     for name, row in result["codec"].items():
         print(
