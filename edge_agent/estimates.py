@@ -154,6 +154,8 @@ class LiveEstimates:
 
     def stepped(self, num_drafts: int, seconds: float) -> None:
         """An engine step that forwarded `num_drafts` behind its first token."""
+        if seconds <= 0.0:
+            return  # the last draft of a text, accepted by a row: there was no step
         self._verify.add(num_drafts, 1e3 * seconds)
 
     def row_judged(self, seconds: float) -> None:

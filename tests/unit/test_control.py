@@ -287,3 +287,15 @@ def test_round_trips_are_forgotten_in_seconds_but_not_in_silence() -> None:
     assert live.link().rtt_ms < 30.0
     live.age(0.0)  # a clock that falls ages nothing
     assert live.link().rtt_ms < 30.0
+
+
+def test_a_text_that_ends_with_a_row_teaches_nothing_about_steps() -> None:
+    """Its last draft is accepted without a forward, in no time."""
+    controller = AdaptiveLength(INITIAL, Scheme())
+    for now in range(20):
+        controller.drafted(1, 0.01)
+        controller.round_trip(0.02)
+        controller.judged(1, 1, 0.0, 0.0)
+        controller.plan(float(now))
+    controller.judged(5, 5, 0.0, 0.05)
+    assert controller.plan(30.0).draft_length >= 1
