@@ -45,11 +45,12 @@ class AcceptingStream:
     def __init__(self, card: ModelCard) -> None:
         self.bytes_up = self.bytes_down = 0
         self._card = card
+        self._encoder = codec.EdgeEncoder()
         self._frames: asyncio.Queue[bytes] = asyncio.Queue()
         self._position = self._end = 0
 
     def send(self, frame: EdgeFrame) -> None:
-        payload = codec.edge_to_bytes(frame)
+        payload = self._encoder.to_bytes(frame)
         self.bytes_up += len(payload)
         limits = self._card.limits
         if isinstance(frame, Open):

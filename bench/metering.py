@@ -6,6 +6,7 @@ learn how large they were.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -45,6 +46,8 @@ class MeteredStream:
         self._stream = stream
         self.sent: list[EdgeFrame] = []
         self.received: list[CloudFrame] = []
+        self.sent_s: list[float] = []  # when, by time.perf_counter
+        self.received_s: list[float] = []
 
     @property
     def bytes_up(self) -> int:
@@ -64,12 +67,14 @@ class MeteredStream:
 
     def send(self, frame: EdgeFrame) -> None:
         self.sent.append(frame)
+        self.sent_s.append(time.perf_counter())
         self._stream.send(frame)
 
     async def receive(self) -> CloudFrame | None:
         frame = await self._stream.receive()
         if frame is not None:
             self.received.append(frame)
+            self.received_s.append(time.perf_counter())
         return frame
 
     async def aclose(self) -> None:
@@ -86,6 +91,7 @@ class Traffic:
     num_judged: int
     num_accepted: int
     misses: int  # verdicts that rejected a draft
+    outcomes: str  # by output position behind the first: "+" an accepted draft, "-" a rejected one
     rejections: int
     rejection_bytes: int  # of the verdicts that carry one
     queue_us: float  # mean over verdicts on drafts, so without the prompt's prefill
@@ -94,16 +100,18 @@ class Traffic:
 
 def traffic(sent: list[EdgeFrame], received: list[CloudFrame]) -> Traffic:
     drafts = [frame for frame in sent if isinstance(frame, Draft)]
+    encoder = codec.EdgeEncoder()
     verdicts = [frame for frame in received if isinstance(frame, Verdict)]
     judging = [verdict for verdict in verdicts if verdict.num_draft_tokens] or verdicts[1:]
     rejections = [verdict for verdict in verdicts if verdict.rejection is not None]
     return Traffic(
         num_drafts_sent=sum(len(draft.token_ids) - draft.num_forced for draft in drafts),
-        draft_bytes=sum(len(codec.edge_to_bytes(draft)) for draft in drafts),
+        draft_bytes=sum(len(encoder.to_bytes(draft)) for draft in drafts),
         verdicts=len(verdicts),
         num_judged=sum(verdict.num_draft_tokens for verdict in verdicts),
         num_accepted=sum(verdict.num_accepted for verdict in verdicts),
         misses=sum(each.num_accepted < each.num_draft_tokens for each in verdicts),
+        outcomes="".join(map(_outcome, verdicts)),
         rejections=len(rejections),
         rejection_bytes=sum(
             len(codec.encode_cloud(verdict).SerializeToString()) for verdict in rejections
@@ -111,6 +119,16 @@ def traffic(sent: list[EdgeFrame], received: list[CloudFrame]) -> Traffic:
         queue_us=_mean(judging, lambda verdict: verdict.queue_us),
         compute_us=_mean(judging, lambda verdict: verdict.compute_us),
     )
+
+
+def _outcome(verdict: Verdict) -> str:
+    """In split mode. A probe's answer judges nothing: its position had its outcome before.
+
+    >>> _outcome(Verdict(0, 5, num_accepted=2, num_draft_tokens=3))
+    '++-'
+    """
+    rejected = verdict.num_accepted < verdict.num_draft_tokens and not verdict.finish_reason
+    return "+" * verdict.num_accepted + "-" * rejected
 
 
 def _mean(verdicts: list[Verdict], value: Callable[[Verdict], int]) -> float:

@@ -26,6 +26,7 @@ class Record:
     drafts_sent: int = 0  # those sent in vain included
     accepted: int = 0
     misses: int = 0  # drafts that were rejected; those after them were not looked at
+    outcomes: str = ""  # of drafts, by position: "+" accepted, "-" rejected and recovered
     verdicts: int = 0
     rejections: int = 0
     rollbacks: int = 0

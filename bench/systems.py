@@ -239,6 +239,7 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
         drafts_sent=seen.num_drafts_sent,
         accepted=seen.num_accepted,
         misses=seen.misses,
+        outcomes=seen.outcomes,
         verdicts=seen.verdicts,
         rejections=seen.rejections,
         rollbacks=stats.rollbacks,

@@ -115,6 +115,7 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
 
     async def _read(self, session: Session, protocol: CloudSession, context: Context) -> None:
         """Frames of the edge, checked, to the engine."""
+        decoder = codec.EdgeDecoder()
         while True:
             message = await _next_message(context)
             if message is None:
@@ -126,7 +127,7 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
                 return
             arrived_s = session.heard_s = monotonic()
             self._metrics.frame_received(message.ByteSize())
-            match protocol.receive(codec.decode_edge(message)):
+            match protocol.receive(decoder.decode(message)):
                 case Draft() as draft:
                     await self._engine.deliver(session.key, draft, arrived_s)
                     self._metrics.draft_handled(monotonic() - arrived_s)

@@ -181,6 +181,7 @@ class LinkStream:
         self._on_closed = on_closed
         self._connected = False
         self._overflowed = False
+        self._encoder = codec.EdgeEncoder()
         self._pending: deque[tuple[int, bytes]] = deque()  # (epoch if it may be dropped, payload)
         self._epoch = -1  # of the newest draft sent
         self._has_pending = asyncio.Event()
@@ -190,7 +191,8 @@ class LinkStream:
         epoch = _UNDROPPABLE
         if isinstance(frame, Draft):
             if frame.epoch > self._epoch:
-                # The first frame of an epoch stays: epochs must be seen one after the other.
+                # The first frame of an epoch stays: epochs must be seen one after the other. It
+                # names its place, so what is dropped before it is not missed in decoding.
                 self._epoch = frame.epoch
                 self._pending = deque(
                     waiting for waiting in self._pending if waiting[0] == _UNDROPPABLE
@@ -201,7 +203,7 @@ class LinkStream:
             self._overflowed = True
             self._call.cancel()
             return
-        self._pending.append((epoch, codec.edge_to_bytes(frame)))
+        self._pending.append((epoch, self._encoder.to_bytes(frame)))
         self._has_pending.set()
 
     async def receive(self) -> CloudFrame | None:
@@ -309,6 +311,7 @@ class ScriptedStream:
         self.bytes_down = 0
         self.closed = False
         self._answer = answer
+        self._encoder = codec.EdgeEncoder()
         self._inbound: asyncio.Queue[CloudFrame | PicoSpecError | None] = asyncio.Queue()
 
     def feed(self, *frames: CloudFrame | PicoSpecError | None) -> None:
@@ -318,7 +321,7 @@ class ScriptedStream:
 
     def send(self, frame: EdgeFrame) -> None:
         self.sent.append(frame)
-        self.bytes_up += len(codec.edge_to_bytes(frame))
+        self.bytes_up += len(self._encoder.to_bytes(frame))
         if self._answer is not None and not self.closed:
             self._answer(self, frame)
 

@@ -1,8 +1,10 @@
 """Messages to protobuf and back: the only importer of the generated messages.
 
-Decoding checks the shape of what arrived (lengths of packed arrays, enum values, a frame that
-is not there) and raises RemoteProtocolError with the field; whether the values make sense is
-`validation`'s business. Long arrays are mapped with np.frombuffer, without a copy.
+Frames of the edge are coded in the context of their stream, by an `EdgeEncoder` and an
+`EdgeDecoder`; everything else stands alone. Decoding checks the shape of what arrived (lengths of
+packed arrays, enum values, a frame that is not there) and raises RemoteProtocolError with the
+field; whether the values make sense is `validation`'s business. Long arrays are mapped with
+np.frombuffer, without a copy.
 """
 
 from __future__ import annotations
@@ -63,50 +65,92 @@ Known = TypeVar("Known")
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 
-def encode_edge(frame: EdgeFrame) -> pb.GenerateRequest:
-    """The message for `frame`."""
-    match frame:
-        case Draft():
-            return pb.GenerateRequest(
-                draft=pb.Draft(
-                    epoch=frame.epoch,
-                    base_position=frame.base_position,
+class EdgeEncoder:
+    """Frames of one stream, in their order, to messages.
+
+    A Draft that goes on where the last one ended travels without its epoch and its position.
+    """
+
+    def __init__(self) -> None:
+        self._next: _Place | None = None
+
+    def encode(self, frame: EdgeFrame) -> pb.GenerateRequest:
+        """The message for `frame`, the stream's next."""
+        match frame:
+            case Draft():
+                draft = pb.Draft(
                     token_ids=frame.token_ids,
-                    draft_probs=np.array(frame.draft_probs, _WIRE_PROB).tobytes(),
+                    draft_probs=frame.draft_probs,
                     num_forced=frame.num_forced,
                     end_of_round=frame.end_of_round,
                     probe=frame.probe,
                     step_limit=frame.step_limit,
                 )
-            )
-        case Open():
-            return pb.GenerateRequest(open=_encode_open(frame))
-        case Finish():
-            return pb.GenerateRequest(finish=pb.Finish())
+                if (frame.epoch, frame.base_position) != self._next:
+                    draft.epoch, draft.base_position = frame.epoch, frame.base_position
+                self._next = _place_after(frame)
+                return pb.GenerateRequest(draft=draft)
+            case Open():
+                return pb.GenerateRequest(open=_encode_open(frame))
+            case Finish():
+                return pb.GenerateRequest(finish=pb.Finish())
+
+    def to_bytes(self, frame: EdgeFrame) -> bytes:
+        """The payload of the message for `frame`, the stream's next."""
+        payload: bytes = self.encode(frame).SerializeToString()
+        return payload
 
 
-def decode_edge(message: pb.GenerateRequest) -> EdgeFrame:
-    """The frame in `message`. Raises RemoteProtocolError naming the malformed field."""
-    match message.WhichOneof("frame"):
-        case "draft":
-            draft = message.draft
-            probs = _floats(draft.draft_probs, "draft.draft_probs")
-            return Draft(
-                epoch=draft.epoch,
-                base_position=draft.base_position,
-                token_ids=tuple(draft.token_ids),
-                draft_probs=tuple(probs.tolist()),
-                num_forced=draft.num_forced,
-                end_of_round=draft.end_of_round,
-                probe=draft.probe,
-                step_limit=draft.step_limit,
-            )
-        case "open":
-            return _decode_open(message.open)
-        case "finish":
-            return Finish()
-        case _:
-            raise RemoteProtocolError("The message holds no frame that is known here", "frame")
+class EdgeDecoder:
+    """The inverse of an EdgeEncoder: messages of one stream, in their order, to frames."""
+
+    def __init__(self) -> None:
+        self._next: _Place | None = None
+
+    def decode(self, message: pb.GenerateRequest) -> EdgeFrame:
+        """The frame in `message`. Raises RemoteProtocolError naming the malformed field."""
+        match message.WhichOneof("frame"):
+            case "draft":
+                frame = self._draft(message.draft)
+                self._next = _place_after(frame)
+                return frame
+            case "open":
+                return _decode_open(message.open)
+            case "finish":
+                return Finish()
+            case _:
+                raise RemoteProtocolError("The message holds no frame that is known here", "frame")
+
+    def _draft(self, draft: pb.Draft) -> Draft:
+        epoch, position = draft.epoch, draft.base_position
+        if not position:
+            if self._next is None:
+                raise RemoteProtocolError(
+                    "The stream's first draft must say where it begins", "draft.base_position"
+                )
+            if epoch:
+                raise RemoteProtocolError(
+                    "A draft that names its epoch must say where it begins", "draft.base_position"
+                )
+            epoch, position = self._next
+        return Draft(
+            epoch=epoch,
+            base_position=position,
+            token_ids=tuple(draft.token_ids),
+            draft_probs=tuple(draft.draft_probs),
+            num_forced=draft.num_forced,
+            end_of_round=draft.end_of_round,
+            probe=draft.probe,
+            step_limit=draft.step_limit,
+        )
+
+
+_Place = tuple[int, int]  # epoch and position
+
+
+def _place_after(draft: Draft) -> _Place:
+    """Where a Draft begins that goes on where `draft` ends."""
+    return draft.epoch, draft.base_position + len(draft.token_ids)
 
 
 def encode_cloud(frame: CloudFrame) -> pb.GenerateResponse:
@@ -225,12 +269,6 @@ def model_request(protocol_version: int) -> pb.GetModelRequest:
 
 GENERATE_METHOD = "/picospec.v1.SpeculationService/Generate"
 GET_MODEL_METHOD = "/picospec.v1.SpeculationService/GetModel"
-
-
-def edge_to_bytes(frame: EdgeFrame) -> bytes:
-    """The payload of a GenerateRequest."""
-    payload: bytes = encode_edge(frame).SerializeToString()
-    return payload
 
 
 def cloud_from_bytes(payload: bytes) -> CloudFrame:

@@ -43,7 +43,6 @@ class DraftChain:
         self._epoch_used = False  # whether a frame of it was sent
         self._head: int | None = None  # recovered, at position - 1, not sent yet
         self._sent_end = 0
-        self._round_fill = 0  # drafts sent of the current round
         self._sent_at: deque[tuple[int, float]] = deque()  # (end position, time) of each frame
         self._limit_untold = self._fast_verify  # the cloud does not know draft_length yet
 
@@ -107,7 +106,6 @@ class DraftChain:
         self._drafts.clear()
         self._head = None
         self._sent_end = 0
-        self._round_fill = 0
         self._sent_at.clear()
         return num_stale
 
@@ -143,17 +141,13 @@ class DraftChain:
         self._epoch_used = True
         self._sent_end = base + num_drafts
         self._sent_at.append((self._sent_end, now))
-        self._round_fill += num_drafts
-        end_of_round = not self._fast_verify
-        if self._round_fill >= self._draft_length:
-            self._round_fill, end_of_round = 0, True
         return Draft(
             self.epoch,
             base - len(head),
             head + tuple(token_id for token_id, _ in drafts),
             tuple(prob for _, prob in drafts) if self._split else (),
             num_forced=len(head),
-            end_of_round=end_of_round,
+            end_of_round=not self._fast_verify,
             step_limit=step_limit,
         )
 

@@ -24,19 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpicospec/v1/speculation.proto\x12\x0bpicospec.v1\"+\n\x0fGetModelRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"\x97\x02\n\x10GetModelResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x14\n\x0clogits_width\x18\x03 \x01(\r\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12!\n\x19\x63hat_template_fingerprint\x18\x05 \x01(\t\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12,\n\x05modes\x18\x08 \x03(\x0e\x32\x1d.picospec.v1.VerificationMode\x12#\n\x06limits\x18\t \x01(\x0b\x32\x13.picospec.v1.Limits\"\x80\x01\n\x06Limits\x12\x18\n\x10max_draft_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_window\x18\x02 \x01(\r\x12\x14\n\x0cmax_sparse_k\x18\x03 \x01(\r\x12\x1a\n\x12max_stop_token_ids\x18\x04 \x01(\r\x12\x16\n\x0emax_logit_bias\x18\x05 \x01(\r\"\xea\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x1c\n\x14logit_bias_token_ids\x18\t \x03(\r\x12\x19\n\x11logit_bias_values\x18\n \x03(\x02\"\xe8\x02\n\x04Open\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x01(\x0c\x12\x18\n\x10output_token_ids\x18\x04 \x01(\x0c\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.picospec.v1.SamplingParams\x12+\n\x04mode\x18\x06 \x01(\x0e\x32\x1d.picospec.v1.VerificationMode\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\x10\n\x08sparse_k\x18\x08 \x01(\r\x12\x12\n\nmax_tokens\x18\t \x01(\r\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12)\n\x06\x61ssist\x18\x0b \x01(\x0e\x32\x19.picospec.v1.AssistPolicy\x12\x1b\n\x13verify_whole_rounds\x18\x0c \x01(\x08\x12\r\n\x05probe\x18\r \x01(\r\"\xa2\x01\n\x05\x44raft\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x15\n\rbase_position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x13\n\x0b\x64raft_probs\x18\x04 \x01(\x0c\x12\x12\n\nnum_forced\x18\x05 \x01(\r\x12\x14\n\x0c\x65nd_of_round\x18\x06 \x01(\x08\x12\r\n\x05probe\x18\x07 \x01(\r\x12\x12\n\nstep_limit\x18\x08 \x01(\r\"\x08\n\x06\x46inish\"\x89\x01\n\x0fGenerateRequest\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.picospec.v1.OpenH\x00\x12#\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x12.picospec.v1.DraftH\x00\x12%\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x13.picospec.v1.FinishH\x00\x42\x07\n\x05\x66rame\"z\n\x06Opened\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10max_draft_tokens\x18\x03 \x01(\r\x12\x0e\n\x06window\x18\x04 \x01(\r\x12\x10\n\x08sparse_k\x18\x05 \x01(\r\"j\n\tRejection\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\r\n\x05probs\x18\x02 \x01(\x0c\x12\x11\n\ttail_mass\x18\x03 \x01(\x02\x12\x15\n\rtail_token_id\x18\x04 \x01(\r\x12\x11\n\ttail_prob\x18\x05 \x01(\x02\"\x86\x02\n\x07Verdict\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x14\n\x0cnum_accepted\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12)\n\trejection\x18\x05 \x01(\x0b\x32\x16.picospec.v1.Rejection\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.picospec.v1.FinishReason\x12\x18\n\x10num_draft_tokens\x18\x07 \x01(\r\x12\x10\n\x08queue_us\x18\x08 \x01(\r\x12\x12\n\ncompute_us\x18\t \x01(\r\x12\x14\n\x0cnum_forwards\x18\n \x01(\r\"k\n\x10GenerateResponse\x12%\n\x06opened\x18\x01 \x01(\x0b\x32\x13.picospec.v1.OpenedH\x00\x12\'\n\x07verdict\x18\x02 \x01(\x0b\x32\x14.picospec.v1.VerdictH\x00\x42\x07\n\x05\x66rame*q\n\x10VerificationMode\x12!\n\x1dVERIFICATION_MODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERIFICATION_MODE_SPLIT\x10\x01\x12\x1d\n\x19VERIFICATION_MODE_COUPLED\x10\x02*x\n\x0c\x41ssistPolicy\x12\x1d\n\x19\x41SSIST_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41SSIST_POLICY_NEVER\x10\x01\x12\x16\n\x12\x41SSIST_POLICY_IDLE\x10\x02\x12\x18\n\x14\x41SSIST_POLICY_ALWAYS\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xaa\x01\n\x12SpeculationService\x12G\n\x08GetModel\x12\x1c.picospec.v1.GetModelRequest\x1a\x1d.picospec.v1.GetModelResponse\x12K\n\x08Generate\x12\x1c.picospec.v1.GenerateRequest\x1a\x1d.picospec.v1.GenerateResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpicospec/v1/speculation.proto\x12\x0bpicospec.v1\"+\n\x0fGetModelRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"\x97\x02\n\x10GetModelResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x14\n\x0clogits_width\x18\x03 \x01(\r\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12!\n\x19\x63hat_template_fingerprint\x18\x05 \x01(\t\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12,\n\x05modes\x18\x08 \x03(\x0e\x32\x1d.picospec.v1.VerificationMode\x12#\n\x06limits\x18\t \x01(\x0b\x32\x13.picospec.v1.Limits\"\x80\x01\n\x06Limits\x12\x18\n\x10max_draft_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_window\x18\x02 \x01(\r\x12\x14\n\x0cmax_sparse_k\x18\x03 \x01(\r\x12\x1a\n\x12max_stop_token_ids\x18\x04 \x01(\r\x12\x16\n\x0emax_logit_bias\x18\x05 \x01(\r\"\xea\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x1c\n\x14logit_bias_token_ids\x18\t \x03(\r\x12\x19\n\x11logit_bias_values\x18\n \x03(\x02\"\xe8\x02\n\x04Open\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x01(\x0c\x12\x18\n\x10output_token_ids\x18\x04 \x01(\x0c\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.picospec.v1.SamplingParams\x12+\n\x04mode\x18\x06 \x01(\x0e\x32\x1d.picospec.v1.VerificationMode\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\x10\n\x08sparse_k\x18\x08 \x01(\r\x12\x12\n\nmax_tokens\x18\t \x01(\r\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12)\n\x06\x61ssist\x18\x0b \x01(\x0e\x32\x19.picospec.v1.AssistPolicy\x12\x1b\n\x13verify_whole_rounds\x18\x0c \x01(\x08\x12\r\n\x05probe\x18\r \x01(\r\"\xaa\x01\n\x05\x44raft\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x15\n\rbase_position\x18\x02 \x01(\r\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x00\x12\x17\n\x0b\x64raft_probs\x18\x04 \x03(\x02\x42\x02\x10\x00\x12\x12\n\nnum_forced\x18\x05 \x01(\r\x12\x14\n\x0c\x65nd_of_round\x18\x06 \x01(\x08\x12\r\n\x05probe\x18\x07 \x01(\r\x12\x12\n\nstep_limit\x18\x08 \x01(\r\"\x08\n\x06\x46inish\"\x89\x01\n\x0fGenerateRequest\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.picospec.v1.OpenH\x00\x12#\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x12.picospec.v1.DraftH\x00\x12%\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x13.picospec.v1.FinishH\x00\x42\x07\n\x05\x66rame\"z\n\x06Opened\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x18\n\x10max_draft_tokens\x18\x03 \x01(\r\x12\x0e\n\x06window\x18\x04 \x01(\r\x12\x10\n\x08sparse_k\x18\x05 \x01(\r\"j\n\tRejection\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\r\n\x05probs\x18\x02 \x01(\x0c\x12\x11\n\ttail_mass\x18\x03 \x01(\x02\x12\x15\n\rtail_token_id\x18\x04 \x01(\r\x12\x11\n\ttail_prob\x18\x05 \x01(\x02\"\x86\x02\n\x07Verdict\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x14\n\x0cnum_accepted\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12)\n\trejection\x18\x05 \x01(\x0b\x32\x16.picospec.v1.Rejection\x12\x30\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x19.picospec.v1.FinishReason\x12\x18\n\x10num_draft_tokens\x18\x07 \x01(\r\x12\x10\n\x08queue_us\x18\x08 \x01(\r\x12\x12\n\ncompute_us\x18\t \x01(\r\x12\x14\n\x0cnum_forwards\x18\n \x01(\r\"k\n\x10GenerateResponse\x12%\n\x06opened\x18\x01 \x01(\x0b\x32\x13.picospec.v1.OpenedH\x00\x12\'\n\x07verdict\x18\x02 \x01(\x0b\x32\x14.picospec.v1.VerdictH\x00\x42\x07\n\x05\x66rame*q\n\x10VerificationMode\x12!\n\x1dVERIFICATION_MODE_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERIFICATION_MODE_SPLIT\x10\x01\x12\x1d\n\x19VERIFICATION_MODE_COUPLED\x10\x02*x\n\x0c\x41ssistPolicy\x12\x1d\n\x19\x41SSIST_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41SSIST_POLICY_NEVER\x10\x01\x12\x16\n\x12\x41SSIST_POLICY_IDLE\x10\x02\x12\x18\n\x14\x41SSIST_POLICY_ALWAYS\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xaa\x01\n\x12SpeculationService\x12G\n\x08GetModel\x12\x1c.picospec.v1.GetModelRequest\x1a\x1d.picospec.v1.GetModelResponse\x12K\n\x08Generate\x12\x1c.picospec.v1.GenerateRequest\x1a\x1d.picospec.v1.GenerateResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'picospec.v1.speculation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERIFICATIONMODE']._serialized_start=2025
-  _globals['_VERIFICATIONMODE']._serialized_end=2138
-  _globals['_ASSISTPOLICY']._serialized_start=2140
-  _globals['_ASSISTPOLICY']._serialized_end=2260
-  _globals['_FINISHREASON']._serialized_start=2262
-  _globals['_FINISHREASON']._serialized_end=2357
+  _globals['_DRAFT'].fields_by_name['token_ids']._loaded_options = None
+  _globals['_DRAFT'].fields_by_name['token_ids']._serialized_options = b'\020\000'
+  _globals['_DRAFT'].fields_by_name['draft_probs']._loaded_options = None
+  _globals['_DRAFT'].fields_by_name['draft_probs']._serialized_options = b'\020\000'
+  _globals['_VERIFICATIONMODE']._serialized_start=2033
+  _globals['_VERIFICATIONMODE']._serialized_end=2146
+  _globals['_ASSISTPOLICY']._serialized_start=2148
+  _globals['_ASSISTPOLICY']._serialized_end=2268
+  _globals['_FINISHREASON']._serialized_start=2270
+  _globals['_FINISHREASON']._serialized_end=2365
   _globals['_GETMODELREQUEST']._serialized_start=46
   _globals['_GETMODELREQUEST']._serialized_end=89
   _globals['_GETMODELRESPONSE']._serialized_start=92
@@ -48,19 +52,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPEN']._serialized_start=742
   _globals['_OPEN']._serialized_end=1102
   _globals['_DRAFT']._serialized_start=1105
-  _globals['_DRAFT']._serialized_end=1267
-  _globals['_FINISH']._serialized_start=1269
-  _globals['_FINISH']._serialized_end=1277
-  _globals['_GENERATEREQUEST']._serialized_start=1280
-  _globals['_GENERATEREQUEST']._serialized_end=1417
-  _globals['_OPENED']._serialized_start=1419
-  _globals['_OPENED']._serialized_end=1541
-  _globals['_REJECTION']._serialized_start=1543
-  _globals['_REJECTION']._serialized_end=1649
-  _globals['_VERDICT']._serialized_start=1652
-  _globals['_VERDICT']._serialized_end=1914
-  _globals['_GENERATERESPONSE']._serialized_start=1916
-  _globals['_GENERATERESPONSE']._serialized_end=2023
-  _globals['_SPECULATIONSERVICE']._serialized_start=2360
-  _globals['_SPECULATIONSERVICE']._serialized_end=2530
+  _globals['_DRAFT']._serialized_end=1275
+  _globals['_FINISH']._serialized_start=1277
+  _globals['_FINISH']._serialized_end=1285
+  _globals['_GENERATEREQUEST']._serialized_start=1288
+  _globals['_GENERATEREQUEST']._serialized_end=1425
+  _globals['_OPENED']._serialized_start=1427
+  _globals['_OPENED']._serialized_end=1549
+  _globals['_REJECTION']._serialized_start=1551
+  _globals['_REJECTION']._serialized_end=1657
+  _globals['_VERDICT']._serialized_start=1660
+  _globals['_VERDICT']._serialized_end=1922
+  _globals['_GENERATERESPONSE']._serialized_start=1924
+  _globals['_GENERATERESPONSE']._serialized_end=2031
+  _globals['_SPECULATIONSERVICE']._serialized_start=2368
+  _globals['_SPECULATIONSERVICE']._serialized_end=2538
 # @@protoc_insertion_point(module_scope)

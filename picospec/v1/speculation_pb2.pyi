@@ -145,12 +145,12 @@ class Draft(_message.Message):
     epoch: int
     base_position: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    draft_probs: bytes
+    draft_probs: _containers.RepeatedScalarFieldContainer[float]
     num_forced: int
     end_of_round: bool
     probe: int
     step_limit: int
-    def __init__(self, epoch: _Optional[int] = ..., base_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., draft_probs: _Optional[bytes] = ..., num_forced: _Optional[int] = ..., end_of_round: _Optional[bool] = ..., probe: _Optional[int] = ..., step_limit: _Optional[int] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., base_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., draft_probs: _Optional[_Iterable[float]] = ..., num_forced: _Optional[int] = ..., end_of_round: _Optional[bool] = ..., probe: _Optional[int] = ..., step_limit: _Optional[int] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ()

@@ -74,8 +74,9 @@ class TinyCloud(speculation_pb2_grpc.SpeculationServiceServicer):
             self.idle.set()
 
     async def _answer(self, context: Any) -> None:
+        decoder = codec.EdgeDecoder()
         while (message := await context.read()) is not grpc.aio.EOF:
-            frame = codec.decode_edge(message)
+            frame = decoder.decode(message)
             self.received.append(frame)
             match frame:
                 case Open():
@@ -126,7 +127,8 @@ async def test_a_stream_carries_frames_both_ways(link: CloudLink, cloud: TinyClo
     assert await stream.receive() is None
     assert cloud.metadata["x-request-id"] == "r-1"
     assert cloud.received[1:] == [draft]
-    assert stream.bytes_up == len(codec.edge_to_bytes(OPEN)) + len(codec.edge_to_bytes(draft))
+    encoder = codec.EdgeEncoder()
+    assert stream.bytes_up == len(encoder.to_bytes(OPEN)) + len(encoder.to_bytes(draft))
     assert stream.bytes_down > 0
     await stream.aclose()
 
@@ -229,8 +231,9 @@ async def test_a_new_epoch_overtakes_what_waits_of_older_ones(
     arrived = asyncio.Event()
 
     async def listen(context: Any) -> None:
+        decoder = codec.EdgeDecoder()
         while len(cloud.received) < 5:
-            cloud.received.append(codec.decode_edge(await context.read()))
+            cloud.received.append(decoder.decode(await context.read()))
         arrived.set()
         await asyncio.Event().wait()
 

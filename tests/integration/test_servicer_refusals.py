@@ -74,7 +74,7 @@ async def test_a_bad_open_is_refused_by_field(
 
 
 def _open_message(**changes: Any) -> pb.GenerateRequest:
-    message = codec.encode_edge(an_open())
+    message = codec.EdgeEncoder().encode(an_open())
     for name, value in changes.items():
         setattr(message.open, name, value)
     return message

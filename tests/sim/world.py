@@ -141,6 +141,7 @@ class Cloud:
         self._world = world
         self._stream = stream
         self._session = CloudSession(world.card)
+        self._encoder, self._decoder = codec.EdgeEncoder(), codec.EdgeDecoder()
         self._busy = False
         self._done = False
         self._text: list[int] = []
@@ -148,7 +149,7 @@ class Cloud:
 
     def receive(self, frame: EdgeFrame) -> None:
         if self._world.scenario.over_the_wire:
-            frame = codec.decode_edge(codec.encode_edge(frame))
+            frame = self._decoder.decode(self._encoder.encode(frame))
         match self._session.receive(frame):
             case Open() as request:
                 self._request = request

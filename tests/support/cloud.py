@@ -54,7 +54,9 @@ class RawStream:
     call: grpc.aio.StreamStreamCall[Any, Any]
 
     async def send(self, frame: EdgeFrame | pb.GenerateRequest) -> None:
-        message = frame if isinstance(frame, pb.GenerateRequest) else codec.encode_edge(frame)
+        message = (
+            frame if isinstance(frame, pb.GenerateRequest) else codec.EdgeEncoder().encode(frame)
+        )
         await self.call.write(message)
 
     async def receive(self) -> CloudFrame | None:

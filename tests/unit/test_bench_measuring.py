@@ -64,7 +64,8 @@ async def test_a_metered_link_keeps_every_frame_and_counts_it() -> None:
 
     seen = traffic(link.sent, link.received)
     assert seen.num_drafts_sent == 4  # the forced token is none
-    assert seen.draft_bytes == sum(len(codec.edge_to_bytes(each)) for each in (first, second))
+    encoder = codec.EdgeEncoder()
+    assert seen.draft_bytes == sum(len(encoder.to_bytes(each)) for each in (first, second))
     assert (seen.verdicts, seen.num_judged, seen.num_accepted, seen.rejections) == (2, 4, 3, 1)
     assert seen.misses == 1
     assert seen.rejection_bytes == len(codec.encode_cloud(rejected).SerializeToString())

@@ -64,8 +64,8 @@ def plain(value: Any) -> Any:
 
 
 def edge_over_the_wire(frame: Any) -> Any:
-    return codec.decode_edge(
-        pb.GenerateRequest.FromString(codec.encode_edge(frame).SerializeToString())
+    return codec.EdgeDecoder().decode(
+        pb.GenerateRequest.FromString(codec.EdgeEncoder().encode(frame).SerializeToString())
     )
 
 
@@ -83,7 +83,7 @@ def test_open_survives_the_wire() -> None:
     st.builds(
         Draft,
         epoch=st.integers(0, 2**32 - 1),
-        base_position=st.integers(0, 2**32 - 1),
+        base_position=st.integers(1, 2**32 - 1),
         token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=20).map(tuple),
         draft_probs=st.lists(st.floats(0, 1, width=32), max_size=20).map(tuple),
         num_forced=st.integers(0, 1),
@@ -110,11 +110,51 @@ def test_a_step_limit_survives_the_wire() -> None:
     assert draft.step_limit == 7  # which does not take part in the comparison
 
 
+def test_frames_that_go_on_do_not_say_where() -> None:
+    frames = (
+        Draft(3, 9, (4,), (), num_forced=1),
+        Draft(3, 10, (5, 6), (0.5, 0.25)),
+        Draft(3, 12, probe=1),
+        Draft(3, 12, (7,), (0.5,)),
+        Draft(3, 10, (5,), (0.5,)),  # again
+        Draft(4, 11, (8,), (0.5,)),
+    )
+    encoder, decoder = codec.EdgeEncoder(), codec.EdgeDecoder()
+    messages = [encoder.encode(frame) for frame in frames]
+    assert [bool(each.draft.base_position) for each in messages] == [True, *[False] * 3, True, True]
+    assert tuple(decoder.decode(each) for each in messages) == frames
+
+
+def test_frames_are_dropped_unmissed_before_one_of_a_new_epoch() -> None:
+    encoder, decoder = codec.EdgeEncoder(), codec.EdgeDecoder()
+    first = encoder.encode(Draft(0, 9, (4,)))
+    encoder.encode(Draft(0, 10, (5,)))
+    newer = Draft(1, 10, (6,))
+    decoder.decode(first)
+    assert decoder.decode(encoder.encode(newer)) == newer
+
+
+def test_a_frame_that_goes_on_has_no_epoch() -> None:
+    decoder = codec.EdgeDecoder()
+    decoder.decode(pb.GenerateRequest(draft=pb.Draft(epoch=1, base_position=5, token_ids=[5])))
+    with pytest.raises(RemoteProtocolError) as caught:
+        decoder.decode(pb.GenerateRequest(draft=pb.Draft(epoch=1, token_ids=[5])))
+    assert caught.value.field == "draft.base_position"
+
+
 def test_a_round_and_a_rejection_are_as_small_as_the_papers() -> None:
-    """At most 50 B for 4 drafts with their q, 100 B for the 10 most probable tokens."""
-    ids = (49_151, 40_000, 20_000, 1)
-    draft = Draft(200, 3000, ids, (0.1, 0.2, 0.3, 0.4), end_of_round=True)
-    assert len(codec.edge_to_bytes(draft)) <= 50
+    """At most 50 B for 4 drafts with their q, 100 B for the 10 most probable tokens; the drafts
+    in one frame, or in one each, the first of them behind a recovered token."""
+    ids, probs = (49_151, 40_000, 20_000, 1), (0.1, 0.2, 0.3, 0.4)
+    draft = Draft(200, 3000, ids, probs, end_of_round=True)
+    assert len(codec.EdgeEncoder().to_bytes(draft)) <= 50
+    encoder = codec.EdgeEncoder()
+    encoder.encode(Draft(200, 2999, (40_000,), num_forced=1))
+    singles = [
+        Draft(200, 3000 + index, (token_id,), (prob,))
+        for index, (token_id, prob) in enumerate(zip(ids, probs, strict=True))
+    ]
+    assert sum(len(encoder.to_bytes(single)) for single in singles) <= 50
     top = np.arange(49_142, 49_152, dtype=np.int32)
     rejection = Rejection(top, np.full(10, 0.09, np.float32), 0.1, 49_000, 0.01)
     message = codec.encode_cloud(Verdict(200, 3000, rejection=rejection))
@@ -154,7 +194,8 @@ def test_a_model_card_survives_the_wire_and_unknown_modes_are_left_out() -> None
 
 def test_payloads_that_are_no_messages_are_refused() -> None:
     frame = Draft(1, 5, (2, 3), (0.5, 0.25))
-    assert codec.decode_edge(pb.GenerateRequest.FromString(codec.edge_to_bytes(frame))) == frame
+    payload = codec.EdgeEncoder().to_bytes(frame)
+    assert codec.EdgeDecoder().decode(pb.GenerateRequest.FromString(payload)) == frame
     with pytest.raises(RemoteProtocolError):
         codec.cloud_from_bytes(b"\xff\xff")
     with pytest.raises(RemoteProtocolError):
@@ -162,8 +203,8 @@ def test_payloads_that_are_no_messages_are_refused() -> None:
 
 
 def test_arrays_are_mapped_without_a_copy_and_read_only() -> None:
-    message = codec.encode_edge(OPEN)
-    decoded = codec.decode_edge(message)
+    message = codec.EdgeEncoder().encode(OPEN)
+    decoded = codec.EdgeDecoder().decode(message)
     assert isinstance(decoded, Open)
     assert not decoded.prompt_token_ids.flags.writeable
     assert not decoded.prompt_token_ids.flags.owndata
@@ -171,7 +212,7 @@ def test_arrays_are_mapped_without_a_copy_and_read_only() -> None:
 
 
 def _open_message(**changes: Any) -> pb.GenerateRequest:
-    message = codec.encode_edge(OPEN)
+    message = codec.EdgeEncoder().encode(OPEN)
     for name, value in changes.items():
         setattr(message.open, name, value)
     return message
@@ -187,20 +228,20 @@ def _open_message(**changes: Any) -> pb.GenerateRequest:
         (_open_message(mode=9), "open.mode"),
         (_open_message(assist=9), "open.assist"),
         (pb.GenerateRequest(open=pb.Open(mode=1)), "open.sampling"),
-        (pb.GenerateRequest(draft=pb.Draft(draft_probs=b"abc")), "draft.draft_probs"),
+        (pb.GenerateRequest(draft=pb.Draft(token_ids=[5])), "draft.base_position"),
     ],
 )
 def test_malformed_edge_frames_are_refused(message: pb.GenerateRequest, field: str) -> None:
     with pytest.raises(RemoteProtocolError) as caught:
-        codec.decode_edge(message)
+        codec.EdgeDecoder().decode(message)
     assert caught.value.field == field
 
 
 def test_biases_must_match_their_token_ids() -> None:
-    message = codec.encode_edge(OPEN)
+    message = codec.EdgeEncoder().encode(OPEN)
     message.open.sampling.logit_bias_values.append(1.0)
     with pytest.raises(RemoteProtocolError) as caught:
-        codec.decode_edge(message)
+        codec.EdgeDecoder().decode(message)
     assert caught.value.field == "open.sampling.logit_bias_values"
 
 
@@ -234,4 +275,4 @@ def test_any_bytes_decode_or_are_refused(data: bytes) -> None:
     except Exception:
         return
     with contextlib.suppress(RemoteProtocolError):
-        codec.decode_edge(message)
+        codec.EdgeDecoder().decode(message)

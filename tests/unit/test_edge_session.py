@@ -201,7 +201,7 @@ def test_drafts_go_out_at_once_and_before_the_opening_is_confirmed() -> None:
     session = new_session()
     session.start(0.0)
     assert frames(drafted(session, 6)) == [Draft(0, 2, (6,))]
-    assert frames(drafted(session, 7)) == [Draft(0, 3, (7,), end_of_round=True)]
+    assert frames(drafted(session, 7)) == [Draft(0, 3, (7,))]
     session.receive(OPENED, 0.0)
     effects = session.receive(Verdict(0, 2, 0, (6,)), 0.0)
     assert effects == [Commit((6,)), Allow(7)]
@@ -477,7 +477,7 @@ def test_resuming_sends_everything_again_as_epoch_0() -> None:
     effects = session.resume(2.0)
     request, chain = frames(effects)
     assert request.output_token_ids.tolist() == [6, 7, 5]
-    assert chain == Draft(0, 5, (1, 2, 3), end_of_round=True)
+    assert chain == Draft(0, 5, (1, 2, 3))
     session.receive(dataclasses.replace(OPENED, first_position=5), 3.0)
     assert session.receive(Verdict(0, 5, 0, (1,)), 3.0) == [Commit((1,)), Allow(10)]
 
