@@ -19,7 +19,8 @@ DRAFT_LENGTH_MAX = 8
 WINDOW_MAX = 64
 GAIN_MIN = 0.03  # predicted; less is not worth a change
 CHANGE_INTERVAL_S = 0.5  # between two looks, so no more than a change each
-WIDE = 1.5  # over what is needed: a window so wide costs drafts in vain ...
+SLACK = 1.5  # of the tokens in flight over what steady times need: times are not steady
+WIDE = 2.0  # over what is needed: a window so wide costs drafts in vain ...
 SHRINK_INTERVAL_S = 5.0  # ... and nothing else, so this long after the last change is soon enough
 PROBE_INTERVAL_S = 3.0  # between steps of another length, where all are alike
 HOPE_MIN = 0.02  # drafts less likely to be reached need no room in the window
@@ -40,8 +41,16 @@ class DraftLengthController(Protocol):
         """The drafter has computed `seconds` for `num_tokens`."""
         ...
 
-    def judged(self, num_judged: int, num_accepted: int, queue_s: float, compute_s: float) -> None:
-        """A verdict, and how long it queued and computed in the cloud."""
+    def judged(
+        self,
+        num_judged: int,
+        num_accepted: int,
+        num_forwards: int,
+        queue_s: float,
+        compute_s: float,
+    ) -> None:
+        """A verdict, the target's forwards since the last one, and how long it queued and computed
+        in the cloud."""
         ...
 
     def round_trip(self, seconds: float) -> None:
@@ -62,7 +71,12 @@ class FixedLength:
     def drafted(self, num_tokens: int, seconds: float) -> None: ...
 
     def judged(
-        self, num_judged: int, num_accepted: int, queue_s: float, compute_s: float
+        self,
+        num_judged: int,
+        num_accepted: int,
+        num_forwards: int,
+        queue_s: float,
+        compute_s: float,
     ) -> None: ...
 
     def round_trip(self, seconds: float) -> None: ...
@@ -103,16 +117,21 @@ class AdaptiveLength:
     def drafted(self, num_tokens: int, seconds: float) -> None:
         self._estimates.drafted(num_tokens, seconds)
 
-    def judged(self, num_judged: int, num_accepted: int, queue_s: float, compute_s: float) -> None:
+    def judged(
+        self,
+        num_judged: int,
+        num_accepted: int,
+        num_forwards: int,
+        queue_s: float,
+        compute_s: float,
+    ) -> None:
         if num_judged <= 0:
             return
         scheme, estimates = self._scheme, self._estimates
-        keeps_rows = scheme.split and scheme.kept_rows
-        by_row = keeps_rows and (scheme.fast_verify or self._place > 0)
+        # A row is left by what was accepted whole, or by a recovered token forwarded ahead.
+        by_row = scheme.split and scheme.kept_rows and (self._place > 0 or num_forwards > 1)
         estimates.judged(self._place, num_judged, num_accepted)
-        if by_row and not num_accepted:
-            estimates.row_judged(compute_s)
-        else:
+        if compute_s > 0.0:  # otherwise the row alone has judged
             estimates.stepped(num_judged - by_row, compute_s)
         # Early in a chain the window has room, so the drafter was not held up.
         if scheme.fast_verify and not self._place and num_judged < self._plan.draft_length:
@@ -138,10 +157,10 @@ class AdaptiveLength:
 
     def _probe(self) -> DraftPlan:
         """Another length, until the next look: what a draft adds to a step is only seen where
-        steps differ."""
+        steps differ. A longer one if there is: on an engine that is not loaded it costs little."""
         length, window = self._plan.draft_length, self._plan.window
-        other = length // 2 if length > 1 else min(2, self._draft_length_max)
-        return DraftPlan(other, window)
+        longer = min(2 * length, self._draft_length_max)
+        return DraftPlan(longer if longer > length else max(1, length // 2), window)
 
     def _better_plan(self, now: float) -> DraftPlan:
         """The best plan if it gains enough, else the present one, with a window not too wide."""
@@ -173,15 +192,16 @@ def window_needed(draft_length: int, costs: Costs, link: Link, alpha: float) -> 
     """Tokens in flight that keep drafter and engine busy until a verdict is back.
 
     The slower of the two, 60 ms for four tokens, sets the pace: (10 + 60 + 50) / 15 = 8 tokens go
-    out before the first verdict is back, and a round more.
+    out before the first verdict is back; half as many for slack, and a round more.
 
     >>> from picospec.performance import VerifyCost
     >>> window_needed(4, Costs(10.0, VerifyCost(((4, 60.0),))), Link(rtt_ms=50.0), alpha=1.0)
-    12
+    16
     """
     step_ms = costs.step_ms(draft_length)
     token_ms = max(costs.draft_ms, step_ms / draft_length)
-    window = draft_length + math.ceil((costs.draft_ms + step_ms + link.rtt_ms) / token_ms)
+    in_flight = (costs.draft_ms + step_ms + link.rtt_ms) / token_ms
+    window = draft_length + math.ceil(SLACK * in_flight)
     if 0.0 < alpha < 1.0:
         window = min(window, math.ceil(math.log(HOPE_MIN) / math.log(alpha)))
     return max(window, 2 * draft_length)

@@ -122,7 +122,6 @@ class LiveEstimates:
         self._round_trip = DecayingMean()  # ms
         self._contention = DecayingMean()  # ms, 0 without evidence
         self._verify = VerifyCostEstimate()
-        self._row_judging = DecayingMean()  # ms
         self._acceptance = [DecayingMean() for _ in range(PLACES)]
         self._aged_s: float | None = None
 
@@ -131,7 +130,7 @@ class LiveEstimates:
         passed_s = 0.0 if self._aged_s is None else min(max(0.0, now - self._aged_s), SILENCE_S)
         self._aged_s = now if self._aged_s is None else max(now, self._aged_s)
         factor = math.exp(-passed_s / TIME_CONSTANT_S)
-        for sums in (self._drafting, self._round_trip, self._contention, self._row_judging):
+        for sums in (self._drafting, self._round_trip, self._contention):
             sums.decay(factor)
         self._verify.decay(factor)
         factor = math.exp(-passed_s / ACCEPTANCE_TIME_CONSTANT_S)
@@ -154,13 +153,7 @@ class LiveEstimates:
 
     def stepped(self, num_drafts: int, seconds: float) -> None:
         """An engine step that forwarded `num_drafts` behind its first token."""
-        if seconds <= 0.0:
-            return  # the last draft of a text, accepted by a row: there was no step
         self._verify.add(num_drafts, 1e3 * seconds)
-
-    def row_judged(self, seconds: float) -> None:
-        """A verdict without a forward."""
-        self._row_judging.add(1e3 * seconds)
 
     def queued(self, seconds: float) -> None:
         """What the newest draft of a step waited, where the step took all there was and the
@@ -185,7 +178,6 @@ class LiveEstimates:
             draft_ms=draft_ms,
             verify_ms=self._verify.cost(),
             step_overhead_ms=self._contention.total / (1.0 + self._contention.weight),
-            row_judge_ms=self._row_judging.mean(),
         )
 
     def link(self) -> Link:

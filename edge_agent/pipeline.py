@@ -234,8 +234,8 @@ class SpeculativeGeneration:
         except PicoSpecError as error:
             self._fail(error)
         except Exception as error:
-            logger.exception("a drafter's event could not be carried out")
-            self._fail(LocalProtocolError(f"{type(error).__name__} in the pipeline", "drafter"))
+            logger.exception("the drafter's or the clock's news could not be carried out")
+            self._fail(LocalProtocolError(f"{type(error).__name__} in the pipeline", "pipeline"))
 
     def _hear(self, event: DraftEvent) -> list[Effect]:
         session, now = self._session, self._now()
@@ -308,6 +308,7 @@ class SpeculativeGeneration:
         control.judged(
             verdict.num_draft_tokens,
             verdict.num_accepted,
+            verdict.num_forwards,
             verdict.queue_us * 1e-6,
             verdict.compute_us * 1e-6,
         )

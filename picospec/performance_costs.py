@@ -19,6 +19,24 @@ from picospec.messages import VerificationMode
 # for each place in the chain since the last rejection, of which the last holds for all beyond.
 Acceptance = float | Sequence[float]
 
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text of which is known what comes of every draft; the simulation can replay it.
+
+    The edge may draft before it has the first token, so that one has an outcome, too.
+    """
+
+    accepted: tuple[bool, ...]  # by output position
+    cloud_prefill_ms: float = 0.0  # from the opening's arrival to the first token
+    edge_prefill_ms: float = 0.0  # from the opening to where the drafter can begin
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        if not self.accepted:
+            raise ConfigError("a text has one token at least")
+
+
 BYTES_A_LOGIT = 4  # float32; the ids of a whole law do not travel
 
 
@@ -54,6 +72,10 @@ class VerifyCost:
         points = {1: base_ms + draft_ms, 2: base_ms + 2 * draft_ms}
         return cls.measured({0: base_ms if plain_ms is None else plain_ms, **points})
 
+    def times(self, factor: float) -> VerifyCost:
+        """The same on an engine so many times as slow. Raises ConfigError."""
+        return VerifyCost(tuple((k, factor * ms) for k, ms in self.points))
+
     def __call__(self, num_drafts: int) -> float:
         points = self.points
         if len(points) == 1 or num_drafts <= points[0][0]:
@@ -73,6 +95,9 @@ class Costs:
     step_overhead_ms: float = 0.0  # of a step, where verify_ms does not hold it
     row_judge_ms: float = 0.0  # to judge a draft by a kept row
     recover_ms: float = 0.0  # split: the edge draws the recovered token
+    # Where both sides share a machine's memory: a step's time while the drafter computes, over its
+    # time alone. Known to the simulation; the closed form takes `verify_ms` as it is.
+    contention: float = 1.0
     plain_ms: float | None = None  # a token of cloud-only decoding; None: verify_ms(0)
 
     def __post_init__(self) -> None:
@@ -83,6 +108,8 @@ class Costs:
                 raise ConfigError(f"{name} must be 0 or more, not {value}")
         if self.draft_ms == 0.0:
             raise ConfigError("draft_ms must be above 0")
+        if not (math.isfinite(self.contention) and self.contention >= 1.0):
+            raise ConfigError(f"contention must be 1 or more, not {self.contention}")
 
     def step_ms(self, num_drafts: int) -> float:
         """A step that forwards one token and `num_drafts` more."""

@@ -2,8 +2,10 @@
 
 The rules of this file:
 1. State changes in the handlers of events only (`performance_world`).
-2. Places are output positions; `Edge` and `Cloud` know of each other what came over the wire.
-3. Whether a draft will be accepted is drawn when it is made, from `seed` alone.
+2. Places are output positions, counted from the first token, 0; `Edge` and `Cloud` know of each
+   other what came over the wire.
+3. Whether a draft will be accepted is drawn when it is made, from `seed` alone, or, where a `Text`
+   is replayed, on record. A text begins with its request, chance with a first token at both ends.
 
 `performance_prediction` computes the mean of the same system without playing it. A `Controller`
 handed in steers draft length and window, and is told what an edge measures.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from picospec.performance_costs import Acceptance, Costs, Link, Scheme, check_acceptance
+from picospec.performance_costs import Acceptance, Costs, Link, Scheme, Text, check_acceptance
 from picospec.performance_world import (
     BEGINS,
     HAPPENED,
@@ -21,6 +23,7 @@ from picospec.performance_world import (
     Controller,
     SimulatedDraft,
     SimulatedVerdict,
+    Step,
     World,
 )
 
@@ -50,6 +53,15 @@ def simulate(
     return simulation.prediction()
 
 
+def replay_s(costs: Costs, scheme: Scheme, link: Link, text: Text) -> float:
+    """Seconds from the first token of `text` at the edge to its last."""
+    simulation = Simulation(costs, scheme, link, text, seed=0)
+    simulation.run(num_tokens=0)
+    first_ms = simulation.world.now_ms
+    simulation.run(num_tokens=len(text.accepted) - 1)
+    return (simulation.world.now_ms - first_ms) / 1e3
+
+
 class Simulation:
     """A session that can be watched, and changed, while it runs: `run` on, then set `costs`,
     `link` or `alpha` of its `world`, then `run` again."""
@@ -59,20 +71,25 @@ class Simulation:
         costs: Costs,
         scheme: Scheme,
         link: Link,
-        alpha: Acceptance,
+        alpha: Acceptance | Text,
         seed: int,
         controller: Controller | None = None,
     ) -> None:
         """Raises ConfigError for a bad `alpha`."""
-        check_acceptance(alpha)
+        if not isinstance(alpha, Text):
+            check_acceptance(alpha)
         self.world = World(costs, scheme, link, alpha, seed, controller)
         self._edge, cloud = Edge(self.world), Cloud(self.world)
         self.world.deliver, self.world.hear = cloud.receive, self._edge.hear
-        self._edge.begin()
+        if isinstance(alpha, Text):
+            self._edge.open(alpha.edge_prefill_ms)
+            cloud.open(link.rtt_ms / 2 + alpha.cloud_prefill_ms)
+        else:
+            self._edge.begin()
 
     @property
     def num_tokens(self) -> int:
-        """Committed at the edge."""
+        """Committed at the edge, behind the first."""
         return self._edge.committed
 
     def run(self, *, num_tokens: int | None = None, until_ms: float = float("inf")) -> None:
@@ -123,6 +140,16 @@ class Edge:
         self._send_head()
         self._look_up()
 
+    def open(self, prefill_ms: float) -> None:
+        """With a request: nothing is committed, and drafts may be made once the prompt is in."""
+        self.committed = self._run_base = self._sent_end = self._round_end = -1
+        self._busy = True
+        self._world.after(prefill_ms, HAPPENED, self._prefilled)
+
+    def _prefilled(self) -> None:
+        self._busy = False
+        self._look_up()
+
     def hear(self, verdict: SimulatedVerdict) -> None:
         world = self._world
         self._report(verdict)
@@ -153,7 +180,8 @@ class Edge:
         if controller is None:
             return
         queue_s, compute_s = verdict.queue_ms / 1e3, verdict.compute_ms / 1e3
-        controller.judged(verdict.num_judged, verdict.num_accepted, queue_s, compute_s)
+        num_judged, num_forwards = verdict.num_judged, verdict.num_forwards
+        controller.judged(num_judged, verdict.num_accepted, num_forwards, queue_s, compute_s)
         sent_ms = self._sent_at.get(self.committed + verdict.num_judged)
         if sent_ms is not None:
             spent_ms = verdict.queue_ms + verdict.compute_ms
@@ -179,9 +207,12 @@ class Edge:
             world.after(world.costs.recover_ms, HAPPENED, self._recovered)
         elif self._allowed():
             self._busy = True
+            world.drafts(True)
             draft_ms = world.costs.draft_ms
             world.counts.draft_ms += draft_ms
             world.after(draft_ms, HAPPENED, lambda: self._drafted(epoch, draft_ms))
+        else:
+            world.drafts(False)
 
     def _drafted(self, epoch: int, draft_ms: float) -> None:
         world = self._world
@@ -190,9 +221,7 @@ class Edge:
             world.controller.drafted(1, draft_ms / 1e3)
         if epoch == self._epoch:
             place = self.committed + len(self._chain) + 1
-            alphas = check_acceptance(world.alpha)
-            alpha = alphas[min(place - self._run_base, len(alphas)) - 1]
-            self._chain.append(SimulatedDraft(place, world.rng.random() < alpha))
+            self._chain.append(SimulatedDraft(place, world.accepts(place, self._run_base)))
         self._look_up()
 
     def _recovered(self) -> None:
@@ -204,6 +233,8 @@ class Edge:
 
     def _allowed(self) -> bool:
         place, scheme = self.committed + len(self._chain) + 1, self._world.scheme
+        if place > self._world.last_place:
+            return False
         if scheme.parallel_draft:
             return place <= self.committed + scheme.window
         if not self._chain and self.committed >= self._round_end:
@@ -217,7 +248,8 @@ class Edge:
         end = self.committed + len(self._chain)
         while end - self._sent_end >= size:
             self._send_drafts(size)
-        if end > self._sent_end == self.committed and not self._allowed():
+        nothing_in_flight = self._sent_end == self.committed and not self._allowed()
+        if end > self._sent_end and (nothing_in_flight or end == self._world.last_place):
             self._send_drafts(end - self._sent_end)
 
     def _send_head(self) -> None:
@@ -252,6 +284,22 @@ class Cloud:
         self._busy = False
         self._has_row = False
         self._head_waits = False  # for its forward
+        self._num_forwards = 0  # since the last verdict
+
+    def open(self, after_ms: float) -> None:
+        """With the prompt, which it has forwarded `after_ms` from now: the first token is there."""
+        self._committed = -1
+        self._busy = True
+        self._world.after(after_ms, STEP_ENDS, self._first_token)
+
+    def _first_token(self) -> None:
+        self._busy = False
+        self._committed = 0
+        self._head_waits = self._world.scheme.split
+        verdict = SimulatedVerdict(0, 0, 0, 1, False, 1, 0.0, 0.0)
+        num_bytes = self._world.link.down_bytes(self._world.scheme, rejected=False)
+        self._world.send_down(num_bytes, lambda: self._world.hear(verdict))
+        self._look_up()
 
     def receive(self, epoch: int, drafts: list[SimulatedDraft], head: bool) -> None:
         if epoch > self._epoch:
@@ -299,12 +347,17 @@ class Cloud:
             self._forward(ms, queue_ms, taken)
         else:  # rejected by the row: nothing to forward
             ms = costs.row_judge_ms
-            world.after(ms, STEP_ENDS, lambda: self._step_ended(taken[:1], queue_ms, ms))
+            world.after(ms, STEP_ENDS, lambda: self._step_ended(taken[:1], queue_ms, 0.0))
 
     def _forward(self, ms: float, queue_ms: float, taken: list[SimulatedDraft]) -> None:
+        self._num_forwards += 1
         self._world.counts.forwards += 1
-        self._world.counts.verify_ms += ms
-        self._world.after(ms, STEP_ENDS, lambda: self._step_ended(taken, queue_ms, ms))
+
+        def ended(took_ms: float) -> None:
+            self._world.counts.verify_ms += took_ms
+            self._step_ended(taken, queue_ms, took_ms)
+
+        self._world.step = Step(self._world, ms, ended)
 
     def _step_ended(self, taken: list[SimulatedDraft], queue_ms: float, compute_ms: float) -> None:
         scheme = self._world.scheme
@@ -320,8 +373,16 @@ class Cloud:
             self._queue.clear()
         if taken:
             verdict = SimulatedVerdict(
-                self._epoch, len(taken), num_accepted, own, rejected, queue_ms, compute_ms
+                self._epoch,
+                len(taken),
+                num_accepted,
+                own,
+                rejected,
+                self._num_forwards,
+                queue_ms,
+                compute_ms,
             )
+            self._num_forwards = 0
             num_bytes = self._world.link.down_bytes(scheme, rejected=rejected)
             self._world.send_down(num_bytes, lambda: self._world.hear(verdict))
         self._look_up()

@@ -14,7 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from picospec.performance_costs import Acceptance, Costs, Link, Scheme
+from picospec.performance_costs import (
+    Acceptance,
+    Costs,
+    Link,
+    Scheme,
+    Text,
+    check_acceptance,
+)
 
 # Ranks of events at the same time.
 HAPPENED, ARRIVES, STEP_ENDS, IS_HEARD, BEGINS = range(5)
@@ -36,7 +43,12 @@ class Controller(Protocol):
     def drafted(self, num_tokens: int, seconds: float) -> None: ...
 
     def judged(
-        self, num_judged: int, num_accepted: int, queue_s: float, compute_s: float
+        self,
+        num_judged: int,
+        num_accepted: int,
+        num_forwards: int,
+        queue_s: float,
+        compute_s: float,
     ) -> None: ...
 
     def round_trip(self, seconds: float) -> None: ...
@@ -56,8 +68,9 @@ class SimulatedVerdict(NamedTuple):
     num_accepted: int
     num_own: int  # coupled: the recovered or bonus token
     rejected: bool
+    num_forwards: int  # since the last verdict
     queue_ms: float  # of the newest draft judged, before the step
-    compute_ms: float
+    compute_ms: float  # of the step; 0 where there was none
 
 
 @dataclass(slots=True)
@@ -71,6 +84,35 @@ class Counts:
     bytes_down: int = 0
 
 
+class Step:
+    """An engine's step: slower while the drafter computes, as `Costs.contention` says."""
+
+    def __init__(self, world: World, ms: float, ended: Callable[[float], None]) -> None:
+        """`ms`: what it takes alone; `ended` is told what it took."""
+        self._world = world
+        self._left_ms = ms
+        self._ended = ended
+        self._began_ms = self._told_ms = world.now_ms
+        self._speed = 1.0
+        self._version = 0  # of the plan to end
+        self.retime()
+
+    def retime(self) -> None:
+        """The drafter begins or ends to compute, or did."""
+        world = self._world
+        self._left_ms -= (world.now_ms - self._told_ms) * self._speed
+        self._told_ms = world.now_ms
+        self._speed = 1.0 / world.costs.contention if world.is_drafting else 1.0
+        self._version += 1
+        version = self._version
+        world.after(max(0.0, self._left_ms) / self._speed, STEP_ENDS, lambda: self._end(version))
+
+    def _end(self, version: int) -> None:
+        if version == self._version:
+            self._world.step = None
+            self._ended(self._world.now_ms - self._began_ms)
+
+
 class World:
     """`deliver` and `hear` are where the wires end; the simulation sets them."""
 
@@ -82,15 +124,18 @@ class World:
         costs: Costs,
         scheme: Scheme,
         link: Link,
-        alpha: Acceptance,
+        alpha: Acceptance | Text,
         seed: int,
         controller: Controller | None,
     ) -> None:
-        self.costs, self.scheme, self.link, self.alpha = costs, scheme, link, alpha
+        self.costs, self.scheme, self.link = costs, scheme, link
+        self.alpha = alpha
         self.controller = controller
         self.now_ms = 0.0
         self.rng = random.Random(seed)
         self.counts = Counts()
+        self.is_drafting = False
+        self.step: Step | None = None  # that the engine is at
         self._events: list[tuple[float, int, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._up, self._down = Wire(self), Wire(self)
@@ -99,6 +144,30 @@ class World:
     def next_ms(self) -> float:
         """When the next event is; infinity if none is."""
         return self._events[0][0] if self._events else float("inf")
+
+    @property
+    def text(self) -> Text | None:
+        """What is replayed; None where chance decides, without an end."""
+        return self.alpha if isinstance(self.alpha, Text) else None
+
+    @property
+    def last_place(self) -> float:
+        """Of the text."""
+        return float("inf") if self.text is None else len(self.text.accepted) - 1
+
+    def accepts(self, place: int, run_base: int) -> bool:
+        """Whether a draft will be accepted, if those from `run_base` on are; to be asked once."""
+        if isinstance(self.alpha, Text):
+            return self.alpha.accepted[place]
+        alphas = check_acceptance(self.alpha)
+        return self.rng.random() < alphas[min(place - run_base, len(alphas)) - 1]
+
+    def drafts(self, is_drafting: bool) -> None:
+        """Whether the drafter computes from now on."""
+        if is_drafting is not self.is_drafting:
+            self.is_drafting = is_drafting
+            if self.step is not None and self.costs.contention > 1.0:
+                self.step.retime()
 
     def play_next(self) -> None:
         self.now_ms, _, _, handle = heapq.heappop(self._events)

@@ -75,7 +75,7 @@ def test_worked_examples() -> None:
 def test_a_fixed_plan_stays() -> None:
     controller = FixedLength(INITIAL)
     controller.drafted(1, 0.01)
-    controller.judged(4, 0, 0.0, 9.0)
+    controller.judged(4, 0, 1, 0.0, 9.0)
     controller.round_trip(3.0)
     assert controller.plan(0.0) == controller.plan(100.0) == INITIAL
 
@@ -128,11 +128,7 @@ def test_follows_a_step_of_the_round_trip(
 
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme(mode=COUPLED)], ids=str)
 def test_a_loaded_engine_shortens_the_draft(scheme: Scheme) -> None:
-    """A full batch is compute-bound: each further draft costs as much as the first token.
-
-    A verdict does not tell whether the first draft after a recovered token was judged by a row or
-    took a place in the forward, so the learnt slope is a little flat: hence 0.9, not 0.95.
-    """
+    """A full batch is compute-bound: each further draft costs as much as the first token."""
     alpha, link = 0.69, Link(20.0)
     idle = costs_of(alpha)
     loaded = dataclasses.replace(idle, verify_ms=VerifyCost.affine(60.0, 40.0))
@@ -143,7 +139,7 @@ def test_a_loaded_engine_shortens_the_draft(scheme: Scheme) -> None:
     simulation.run(until_ms=18e3)
     plan = recorder.plans[-1][1]
     assert plan.draft_length < before
-    assert goodput(scheme, loaded, link, alpha, plan) >= 0.9 * best_fixed(
+    assert goodput(scheme, loaded, link, alpha, plan) >= 0.95 * best_fixed(
         scheme, loaded, link, alpha
     )
 
@@ -172,12 +168,12 @@ def test_keeps_the_initial_plan_until_it_knows_enough() -> None:
     capped = DraftPlan(8, 64)
     assert controller.plan(0.0) == capped
     controller.drafted(1, 0.01)
-    controller.judged(0, 0, 0.0, 0.1)  # judged nothing: says nothing
+    controller.judged(0, 0, 1, 0.0, 0.1)  # judged nothing: says nothing
     assert controller.plan(1.0) == capped
-    controller.judged(8, 0, 0.0, 0.001)  # the row's: no step was seen yet
+    controller.judged(8, 0, 1, 0.0, 0.0)  # the row's: no step was seen yet
     controller.round_trip(0.05)
     assert controller.plan(2.0) == capped
-    controller.judged(8, 1, 0.0, 0.08)
+    controller.judged(8, 1, 1, 0.0, 0.08)
     probe = controller.plan(3.0)
     assert probe.draft_length < capped.draft_length  # steps must differ to be understood
 
@@ -295,7 +291,7 @@ def test_a_text_that_ends_with_a_row_teaches_nothing_about_steps() -> None:
     for now in range(20):
         controller.drafted(1, 0.01)
         controller.round_trip(0.02)
-        controller.judged(1, 1, 0.0, 0.0)
+        controller.judged(1, 1, 0, 0.0, 0.0)
         controller.plan(float(now))
-    controller.judged(5, 5, 0.0, 0.05)
+    controller.judged(5, 5, 1, 0.0, 0.05)
     assert controller.plan(30.0).draft_length >= 1

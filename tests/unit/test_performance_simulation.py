@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -12,12 +13,13 @@ from picospec.performance import (
     Costs,
     Link,
     Scheme,
+    Text,
     VerifyCost,
     best_draft_length,
     cloud_only,
     predicted_goodput,
 )
-from picospec.performance_simulation import Simulation, simulate
+from picospec.performance_simulation import Simulation, replay_s, simulate
 
 SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 COSTS = Costs(
@@ -144,6 +146,55 @@ def test_a_world_that_changes_while_it_is_played() -> None:
     assert simulation.world.now_ms == 10_000.0
     assert simulation.num_tokens - near < near / 2
     assert simulation.prediction().tokens_per_s == pytest.approx(simulation.num_tokens / 10.0)
+
+
+def outcomes(text: str, **prefill_ms: float) -> Text:
+    return Text(tuple(outcome == "+" for outcome in text), **prefill_ms)
+
+
+def test_a_replayed_text_by_hand() -> None:
+    """Vanilla, rounds of two, "+-": the first token is at the edge at 0, the drafter begins. The
+    round is there at 25, judged at 78.9, its rejection known at 88.9 and mended at 89.6; the
+    round of one that is left: 7.5 + 10 + T_v(1) 49.7 + 10 later."""
+    text = outcomes("-+-+")
+    assert replay_s(COSTS, VANILLA, Link(20.0), text) == pytest.approx((89.6 + 77.2) / 1e3)
+
+
+@pytest.mark.parametrize("scheme", [VANILLA, Scheme(4, 16), Scheme(4, 16, fast_verify=False)])
+def test_a_replay_is_a_run_whose_luck_is_known(scheme: Scheme) -> None:
+    """All right, or all wrong, it is what chance without choice gives, but for the ends."""
+    for sign, alpha in (("+", 1.0), ("-", 0.0)):
+        text = outcomes("-" + sign * 2000)
+        expected = simulate(COSTS, scheme, Link(20.0), alpha, num_tokens=2000, seed=1)
+        speed = 2000 / replay_s(COSTS, scheme, Link(20.0), text)
+        assert speed == pytest.approx(expected.tokens_per_s, rel=0.01)
+
+
+def test_drafts_made_before_the_first_token_count() -> None:
+    """While the cloud prefills over a long link, the edge drafts; if the first draft is right,
+    the cloud can go on at once."""
+    link, prefill = Link(200.0), {"cloud_prefill_ms": 300.0, "edge_prefill_ms": 100.0}
+    right = replay_s(COSTS, Scheme(4, 32), link, outcomes("+" * 32, **prefill))
+    wrong = replay_s(COSTS, Scheme(4, 32), link, outcomes("-" + "+" * 31, **prefill))
+    assert right < 0.7 * wrong
+    late = replay_s(COSTS, Scheme(4, 32), link, outcomes("+" * 32, cloud_prefill_ms=300.0,
+                                                         edge_prefill_ms=2000.0))  # fmt: skip
+    assert late > right
+
+
+@pytest.mark.parametrize("mode", [SPLIT, COUPLED])
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("fast", [True, False])
+def test_every_replay_ends(mode: VerificationMode, parallel: bool, fast: bool) -> None:
+    scheme = Scheme(3, 7, parallel, fast, mode, kept_rows=fast)
+    for bits in itertools.product("+-", repeat=6):
+        text = outcomes("".join(bits), cloud_prefill_ms=90.0, edge_prefill_ms=30.0)
+        assert replay_s(COSTS, scheme, Link(40.0), text) > 0.0
+
+
+def test_a_text_is_not_empty() -> None:
+    with pytest.raises(ConfigError):
+        outcomes("")
 
 
 def test_a_bad_acceptance_is_refused() -> None:
