@@ -26,6 +26,11 @@ class Decoder:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
+    @property
+    def is_within(self) -> bool:
+        """Whether the rest of a message is still to come."""
+        return bool(self._buffer)
+
     def feed(self, data: bytes) -> list[Any]:
         """Take received bytes; the messages completed by them, in order."""
         self._buffer += data
@@ -52,10 +57,14 @@ class WorkerChannel:
         self._socket.sendall(encode(message))
 
     def receive(self, *, block: bool) -> list[Any]:
-        """What has arrived; at least one message if `block`. Raises EOFError at the end."""
+        """What has arrived; at least one message if `block`. Raises EOFError at the end.
+
+        A message that has begun is waited for: it is being written, and a whole distribution is
+        more than a socket holds, so between two tokens it would come bit by bit.
+        """
         messages: list[Any] = []
         while True:
-            wait = block and not messages
+            wait = (block and not messages) or self._decoder.is_within
             try:
                 data = self._socket.recv(_READ_BYTES, 0 if wait else socket.MSG_DONTWAIT)
             except BlockingIOError:

@@ -51,9 +51,10 @@ def run(channel: WorkerChannel) -> None:
 
     worker = DraftWorker(loaded, emit)
     while True:
-        for context_id, command in channel.receive(block=not worker.runnable):
+        commands = channel.receive(block=not worker.runnable)
+        started = time.perf_counter()  # a recovery is drawn, and told, while it is handled
+        for context_id, command in commands:
             worker.handle(context_id, command)
-        started = time.perf_counter()
         worker.step()
         busy_s += time.perf_counter() - started
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from edge_agent.drafting import process
+from edge_agent.drafting.ipc import WorkerChannel, encode
 from edge_agent.drafting.messages import (
     ContextFailed,
     ContextSpec,
@@ -445,3 +447,31 @@ async def test_worker_loads_no_runtime_it_does_not_use(script_spec):
         assert "numpy" in maps
         assert "libtorch" not in maps
         assert "onnxruntime" not in maps
+
+
+async def test_a_message_that_has_begun_is_waited_for() -> None:
+    """A whole distribution is more than a socket holds; without blocking it would come in parts."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = WorkerChannel(theirs)
+        assert channel.receive(block=False) == []
+        message = encode(bytes(4_000_000))
+        ours.sendall(message[:3])
+        writer = asyncio.create_task(asyncio.to_thread(ours.sendall, message[3:]))
+        assert await asyncio.to_thread(channel.receive, block=False) == [bytes(4_000_000)]
+        await writer
+
+
+async def test_waiting_for_a_rejection_is_no_drafting(script_spec) -> None:
+    """A recovered token is drawn while the command is handled, after a wait of any length."""
+    async with running(script_spec()) as drafting:
+        events = []
+        context = drafting.open(context_spec(), events.append)
+        context.allow(3 + WINDOW)
+        await until(lambda: len(events) == WINDOW)
+        before_s, waited_s = drafting.drafting_s, 0.5
+        await asyncio.sleep(waited_s)
+        certain = Rejection(np.array([7], np.int32), np.ones(1, np.float32))
+        context.recover(1, 3, certain, 0, judged=True)
+        await until(lambda: any(isinstance(event, Recovered) for event in events))
+        assert drafting.drafting_s - before_s < waited_s / 2
