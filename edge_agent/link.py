@@ -45,10 +45,13 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 KEEPALIVE_TIME_S = 10.0  # of silence, then a ping; the cloud allows one in 5 s
 KEEPALIVE_TIMEOUT_S = 5.0
 RECONNECT_BACKOFF_MAX_S = 2.0
+# HTTP/2's usual 64 KiB hold a whole distribution back for two round trips.
+RECEIVE_WINDOW_BYTES = 1024 * 1024
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.lookahead_bytes", RECEIVE_WINDOW_BYTES),
     ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
     ("grpc.http2.max_pings_without_data", 0),
