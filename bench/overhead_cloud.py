@@ -47,9 +47,9 @@ async def measure_engine(repeats: int, num_tokens: int) -> Result:
     try:
         text: list[int] = []
         for _ in range(repeats):
-            row, text = await _decode(engine, num_tokens, [])
+            row, text = await decode(engine, num_tokens, [])
             rows["k=0"].append(row)
-            row, same = await _decode(engine, num_tokens, text)
+            row, same = await decode(engine, num_tokens, text)
             assert same == text, "the drafts changed the text"
             rows["k=4"].append(row)
     finally:
@@ -60,7 +60,7 @@ async def measure_engine(repeats: int, num_tokens: int) -> Result:
     }
 
 
-async def _decode(
+async def decode(
     engine: Any, num_tokens: int, drafts: list[int]
 ) -> tuple[dict[str, float], list[int]]:
     """One generation, by the engine alone or over `drafts`, all of which are delivered at once."""

@@ -131,6 +131,10 @@ class VLLMEngine:
     def stats(self) -> EngineStats:
         return self._stats
 
+    async def profile(self, *, start: bool) -> None:
+        """Start or stop the profiler of `engine.args.profiler_config`; vLLM raises without one."""
+        await self._alive().profile_async(start)
+
     @property
     def healthy(self) -> bool:
         return self._client is not None and not self._dead

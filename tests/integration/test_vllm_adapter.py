@@ -78,6 +78,7 @@ def takes(function: Callable[..., Any], *names: str) -> bool:
         (AsyncMPClient.add_request_async, ("self", "request")),
         (AsyncMPClient.abort_requests_async, ("self", "request_ids")),
         (AsyncMPClient.get_output_async, ("self",)),
+        (AsyncMPClient.profile_async, ("self", "is_start")),
         (
             EngineCoreClient.make_async_mp_client,
             ("vllm_config", "executor_class", "log_stats"),

@@ -1,0 +1,249 @@
+"""Where a verification step and a drafted token spend their time: `python -m bench.step_profile`.
+
+    step    the engine's, decoding alone and with four drafts, compiled as in the benchmark: vLLM's
+            own torch profiler says which kernels ran, the engine's counters what was beside them
+    token   the drafter's, in this process: the forward, the copy of its logits, the law, the draw
+
+The cloud computes on the first core, the drafter on the last, one after the other. The profiler
+slows small operations: shares are to be compared, totals are told without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.machine import cloud_core, description, edge_core, pinned
+from bench.overhead_cloud import PROMPT, decode
+from bench.stock_server import EQUAL_SETTINGS
+from edge_agent.drafting import drafter
+from edge_agent.drafting.messages import ContextSpec, DrafterSpec
+from edge_agent.drafting.worker import DraftWorker
+from picospec import sampling as edge_sampling
+from picospec.messages import SamplingParams, VerificationMode
+from picospec_cli.model_folder import model_home
+
+DRAFTS = 4
+STEP_TOKENS = 65  # so that rounds of four and a bonus token come out even
+TOKENS = 200
+Result = dict[str, Any]
+Event = dict[str, Any]
+
+# Kinds of kernels, by what their names contain; the first that fits.
+KINDS = {
+    "attention": ("attention",),
+    "matrix products": ("onednn", "linear", "mm", "gemm", "matmul"),
+    "fused norms, rotations, activations": ("cpp_fused", "compiled", "graph_", "triton"),
+    "choosing tokens": ("argmax", "softmax", "max", "sort", "topk"),
+}
+OTHER = "everything else"
+
+
+async def profile_steps(repeats: int) -> dict[str, Result]:
+    """By drafts a step: milliseconds a step of each kind, profiled, and of the whole, not."""
+    from cloud_server.config import EngineConfig
+    from cloud_server.engine.client import VLLMEngine
+
+    with tempfile.TemporaryDirectory() as folder:
+        profiler = {
+            "profiler": "torch",
+            "torch_profiler_dir": folder,
+            "torch_profiler_with_stack": False,
+            "torch_profiler_use_gzip": False,
+            "ignore_frontend": True,
+        }
+        arguments = {**EQUAL_SETTINGS, "profiler_config": profiler}
+        target = str(model_home() / "target")
+        engine = VLLMEngine(
+            EngineConfig(model=target, max_draft_tokens=DRAFTS, args=arguments),
+        )
+        with pinned(cloud_core()):
+            await engine.start()
+        try:
+            return {
+                name: await _profile_step(engine, drafts, repeats, Path(folder))
+                for name, drafts in (("0", False), (str(DRAFTS), True))
+            }
+        finally:
+            await engine.shutdown()
+
+
+async def _profile_step(engine: Any, with_drafts: bool, repeats: int, folder: Path) -> Result:
+    _, text = await decode(engine, STEP_TOKENS, [])
+    drafts = text if with_drafts else []
+    rows = [(await decode(engine, STEP_TOKENS, drafts))[0] for _ in range(repeats)]
+    totals = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    before = _traces(folder)
+    await engine.profile(start=True)
+    profiled, _ = await decode(engine, STEP_TOKENS, drafts)
+    await engine.profile(start=False)
+    [trace] = _traces(folder) - before
+    times_us = self_times_us(await asyncio.to_thread(_events, trace))
+    kinds: Counter[str] = Counter()
+    for name, spent_us in times_us.items():
+        kinds[kind_of(name)] += spent_us / 1e3 / profiled["steps"]  # type: ignore[assignment]
+    return {"ms": totals, "profiled_ms": dict(kinds), "top": _most(times_us, profiled["steps"])}
+
+
+def _traces(folder: Path) -> set[Path]:
+    return set(folder.rglob("*.json"))
+
+
+def _events(trace: Path) -> list[Event]:
+    events: list[Event] = json.loads(trace.read_text())["traceEvents"]
+    return events
+
+
+def kind_of(name: str) -> str:
+    """
+    >>> kind_of("_C::onednn_mm"), kind_of("aten::copy_")
+    ('matrix products', 'everything else')
+    """
+    lower = name.lower()
+    return next((kind for kind, parts in KINDS.items() if any(p in lower for p in parts)), OTHER)
+
+
+def self_times_us(events: Iterable[Event]) -> dict[str, float]:
+    """By name, what operations took without those inside them: a Chrome trace's, in microseconds.
+
+    >>> self_times_us([
+    ...     {"ph": "X", "cat": "cpu_op", "name": "outer", "tid": 1, "ts": 0, "dur": 10},
+    ...     {"ph": "X", "cat": "cpu_op", "name": "inner", "tid": 1, "ts": 2, "dur": 3},
+    ... ])
+    {'outer': 7.0, 'inner': 3.0}
+    """
+    spent: defaultdict[str, float] = defaultdict(float)
+    open_ops: dict[Any, list[tuple[float, str]]] = defaultdict(list)  # (end, name), by thread
+    ops = (each for each in events if each.get("ph") == "X" and each.get("cat") == "cpu_op")
+    for each in sorted(ops, key=lambda each: (float(each["ts"]), -float(each["dur"]))):
+        stack, begin, took = open_ops[each["tid"]], float(each["ts"]), float(each["dur"])
+        while stack and stack[-1][0] <= begin:
+            stack.pop()
+        if stack:
+            spent[stack[-1][1]] -= took
+        spent[each["name"]] += took
+        stack.append((begin + took, each["name"]))
+    return dict(spent)
+
+
+def _most(times_us: dict[str, float], steps: float) -> dict[str, float]:
+    names = sorted(times_us, key=lambda name: -times_us[name])[:8]
+    return {name: times_us[name] / 1e3 / steps for name in names}
+
+
+def profile_token(draft: str, temperature: float) -> Result:
+    """Milliseconds a drafted token, split mode, by what it is spent on."""
+    spent: Counter[str] = Counter()
+    loaded: Any = drafter.load(
+        DrafterSpec("onnx", str(model_home() / f"draft-{draft}"), threads=1, cpu=edge_core())
+    )
+    worker = DraftWorker(loaded, lambda context_id, event: None)
+    worker.handle(0, _opening(temperature))
+    while len(worker._contexts[0].text) < len(PROMPT) + 8:
+        worker.step()
+    runtime = worker._contexts[0].text._runtime  # type: ignore[attr-defined]
+    generator = runtime._generator
+    runtime._generator = _Timed(
+        generator, spent, {"append_tokens": "forward", "get_logits": "copy of the logits"}
+    )
+    process, draw = edge_sampling.process, edge_sampling.draw
+    edge_sampling.process = _timed(process, spent, "law")
+    edge_sampling.draw = _timed(draw, spent, "draw")
+    try:
+        started_s = time.perf_counter()
+        for _ in range(TOKENS):
+            worker.step()
+        spent["whole"] = time.perf_counter() - started_s  # type: ignore[assignment]
+    finally:
+        edge_sampling.process, edge_sampling.draw = process, draw
+    return {name: 1e3 * seconds / TOKENS for name, seconds in spent.items()}
+
+
+def _opening(temperature: float) -> Any:
+    from edge_agent.drafting.messages import OpenContext
+
+    length = len(PROMPT)
+    spec = ContextSpec(
+        request_id="profile",
+        token_ids=np.array(PROMPT, np.int32),
+        sampling=SamplingParams(temperature=temperature, seed=1),
+        mode=VerificationMode.SPLIT,
+        stop_token_ids=(),
+        prompt_length=length,
+        max_length=length + TOKENS + 16,
+        logits_width=0,
+    )
+    return OpenContext(spec, -1, 0, length + TOKENS + 16, False)
+
+
+class _Timed:
+    """A generator whose calls are timed."""
+
+    def __init__(self, inner: Any, spent: Counter[str], names: dict[str, str]) -> None:
+        self._inner = inner
+        self._calls = {
+            method: _timed(getattr(inner, method), spent, name) for method, name in names.items()
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        return self._calls.get(name) or getattr(self._inner, name)
+
+
+def _timed(call: Callable[..., Any], spent: Counter[str], name: str) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started_s = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            spent[name] += time.perf_counter() - started_s  # type: ignore[assignment]
+
+    return timed
+
+
+def _print(result: Result) -> None:
+    for drafts, step in result["steps"].items():
+        print(f"\na step with {drafts} drafts, ms")
+        for name, ms in step["ms"].items():
+            print(f"  {ms:8.2f}  {name}")
+        print("  profiled")
+        for name, ms in sorted(step["profiled_ms"].items(), key=lambda item: -item[1]):
+            print(f"  {ms:8.2f}  {name}")
+        print("  of that")
+        for name, ms in step["top"].items():
+            print(f"  {ms:8.2f}  {name}")
+    for name, token in result["tokens"].items():
+        print(f"\na drafted token, {name}, ms")
+        for what, ms in token.items():
+            print(f"  {ms:8.3f}  {what}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    result: Result = {"machine": description()}
+    result["steps"] = asyncio.run(profile_steps(arguments.repeats))
+    with pinned(edge_core()):
+        result["tokens"] = {
+            f"{draft}, T = {temperature:g}": profile_token(draft, temperature)
+            for draft in ("int4", "int8")
+            for temperature in (0.0, 0.7)
+        }
+    _print(result)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
