@@ -33,6 +33,7 @@ from edge_agent.link import CloudLink
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import CloudUnavailable
 from picospec.messages import ModelCard
+from picospec.performance import VerifyCost
 from picospec_cli.model_folder import model_home
 from picospec_cli.processes import Daemon, stop
 
@@ -60,6 +61,7 @@ class Bed:
     settings: dict[str, Any]  # what the results say about both engines
     controls: dict[Condition, Callable[[], DraftLengthController]] = field(default_factory=dict)
     round_trip_ms: float = 0.0  # measured when the link was set
+    verify_ms: VerifyCost | None = None  # once it is measured
     _fence: Counts = NO_BYTES  # what one `drained` itself puts on the line
 
     async def set_link(self, rtt_ms: float, kbit_s: float | None) -> None:

@@ -10,21 +10,25 @@ from __future__ import annotations
 import asyncio
 import itertools
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+import numpy as np
 
 from bench.bed import Bed
 from bench.results import Costs
 from bench.scenarios import Condition, System
 from bench.systems import Task, generate
-from edge_agent.drafting.messages import ContextSpec, Drafted, DraftEvent
+from edge_agent.drafting.messages import ContextSpec, Drafted, DraftEvent, Recovered
 from edge_agent.drafting.process import DraftingProcess
 from picospec.messages import (
     EMPTY_TOKENS,
     AssistPolicy,
     Draft,
     Open,
+    Rejection,
     SamplingParams,
     TokenArray,
     Verdict,
@@ -34,6 +38,8 @@ from picospec.messages import (
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 SAFE_PROB = 1e-12  # claimed for a draft in split mode; the target's is above it: accepted
 SAMPLED = 0.7  # temperature at which split mode is measured
+RECOVERIES = {"sparse": 64, "whole": 0}  # pairs of a rejection; 0: all
+RECOVERED = 20  # tokens
 DRAFT_TOKENS = 64  # drafted in a row to time the drafter
 PREFILL_S = 1.0  # for the drafter's prompt
 CYCLE_TOKENS = sum(count + 1 for count in COUNTS)  # with a bonus token each
@@ -63,30 +69,74 @@ async def measure(bed: Bed, prompt_token_ids: TokenArray, cycles: int) -> Costs:
         mode: {count: statistics.median(times) for count, times in sorted(by_count.items())}
         for mode, by_count in verify_ms.items()
     }
-    for draft in bed.drafting:
+    for draft, drafting in bed.drafting.items():
+        for kind, size in RECOVERIES.items():
+            times_ms = await _recover(drafting, prompt_token_ids, bed.card.logits_width, size)
+            costs.recover_ms.setdefault(draft, {})[kind] = statistics.median(times_ms)
         alone = Condition(System.EDGE_ONLY, draft, 0.0)
         task = Task("costs", prompt_token_ids, DRAFT_TOKENS, seed=1)
         costs.draft_ms[draft] = 1e3 / await _timed(bed, alone, task)
-        await _measure_busy(bed, draft, prompt_token_ids, text, cycles, costs)
     return costs
 
 
-async def _measure_busy(
-    bed: Bed, draft: str, prompt: TokenArray, text: list[int], cycles: int, costs: Costs
-) -> None:
-    """Both sides at once: verification in split mode while the drafter drafts, and its drafts."""
-    times_ms: dict[int, list[float]] = defaultdict(list)
-    drafting = bed.drafting[draft]
-    async with _drafting_on(drafting, prompt, bed.card.logits_width):
-        before = drafting.drafted_tokens, drafting.drafting_s
-        await _decode(bed, prompt, times_ms[0])
+async def slowness(bed: Bed, prompt: TokenArray, costs: Costs, cycles: int) -> dict[str, float]:
+    """What verification takes now, over `costs.alone_ms`: `alone`, and while each draft model
+    drafts. Medians over the numbers of drafts. On the link as it is."""
+
+    async def ratio() -> float:
+        times_ms: dict[int, list[float]] = defaultdict(list)
+        text = await _decode(bed, prompt, times_ms[0])
         for _ in range(cycles):
             await _verify(bed, prompt, text, VerificationMode.SPLIT, times_ms)
-        num_tokens = drafting.drafted_tokens - before[0]
-        costs.busy_draft_ms[draft] = (drafting.drafting_s - before[1]) / max(1, num_tokens) * 1e3
-    costs.busy_verify_ms[draft] = {
-        count: statistics.median(times) for count, times in sorted(times_ms.items())
-    }
+        return statistics.median(
+            statistics.median(times) / costs.alone_ms(count) for count, times in times_ms.items()
+        )
+
+    found = {"alone": await ratio()}
+    for draft, drafting in bed.drafting.items():
+        async with _drafting_on(drafting, prompt, bed.card.logits_width):
+            found[draft] = await ratio()
+    return found
+
+
+async def _recover(
+    drafting: DraftingProcess, prompt: TokenArray, logits_width: int, size: int
+) -> list[float]:
+    """Milliseconds from a rejection of `size` pairs (0: of the whole law) to the recovered token,
+    of a drafter that waits for it."""
+    rng = np.random.default_rng(1)
+    width = size or logits_width
+    length = len(prompt)
+    events: asyncio.Queue[DraftEvent] = asyncio.Queue()
+    context = drafting.open(
+        ContextSpec(
+            request_id=next(_names),
+            token_ids=prompt,
+            sampling=SamplingParams(temperature=SAMPLED, seed=1),
+            mode=VerificationMode.SPLIT,
+            stop_token_ids=(),
+            prompt_length=length,
+            max_length=length + RECOVERED + 1,
+            logits_width=logits_width,
+        ),
+        events.put_nowait,
+    )
+    times_ms = []
+    try:
+        for number in range(RECOVERED):
+            context.allow(length + number + 1)
+            while not isinstance(await events.get(), Drafted):
+                pass
+            probs = rng.dirichlet(np.ones(width)).astype(np.float32)
+            rejection = Rejection(np.arange(width, dtype=np.int32), probs)
+            started_s = time.perf_counter()
+            context.recover(number + 1, length + number, rejection, 0, judged=True)
+            while not isinstance(await events.get(), Recovered):
+                pass
+            times_ms.append((time.perf_counter() - started_s) * 1e3)
+    finally:
+        context.close()
+    return times_ms
 
 
 @asynccontextmanager

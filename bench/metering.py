@@ -31,6 +31,35 @@ class MeteredLink:
         self.streams.clear()
 
     @property
+    def first_draft_s(self) -> float:
+        """From the opening to the first frame with drafts; 0 if there was none."""
+        for stream in self.streams:
+            for frame, at_s in zip(stream.sent, stream.sent_s, strict=True):
+                if isinstance(frame, Draft):
+                    return at_s - stream.sent_s[0]
+        return 0.0
+
+    @property
+    def restarts_s(self) -> list[float]:
+        """From each rejection's arrival to the recovered token's departure."""
+        found = []
+        for stream in self.streams:
+            heads_s = [
+                at_s
+                for frame, at_s in zip(stream.sent, stream.sent_s, strict=True)
+                if isinstance(frame, Draft) and frame.num_forced
+            ]
+            rejections_s = [
+                at_s
+                for frame, at_s in zip(stream.received, stream.received_s, strict=True)
+                if isinstance(frame, Verdict) and frame.rejection is not None
+            ]
+            for head_s in heads_s:
+                before_s = [at_s for at_s in rejections_s if at_s < head_s]
+                found += [head_s - at_s for at_s in before_s[-1:]]
+        return found
+
+    @property
     def sent(self) -> list[EdgeFrame]:
         return [frame for stream in self.streams for frame in stream.sent]
 
@@ -91,7 +120,7 @@ class Traffic:
     num_judged: int
     num_accepted: int
     misses: int  # verdicts that rejected a draft
-    outcomes: str  # by output position behind the first: "+" an accepted draft, "-" a rejected one
+    outcomes: str  # by output position: "+" where a draft was right, "-" where it was not
     rejections: int
     rejection_bytes: int  # of the verdicts that carry one
     queue_us: float  # mean over verdicts on drafts, so without the prompt's prefill
@@ -111,7 +140,7 @@ def traffic(sent: list[EdgeFrame], received: list[CloudFrame]) -> Traffic:
         num_judged=sum(verdict.num_draft_tokens for verdict in verdicts),
         num_accepted=sum(verdict.num_accepted for verdict in verdicts),
         misses=sum(each.num_accepted < each.num_draft_tokens for each in verdicts),
-        outcomes="".join(map(_outcome, verdicts)),
+        outcomes=_first_outcome(drafts, verdicts) + "".join(map(_outcome, verdicts)),
         rejections=len(rejections),
         rejection_bytes=sum(
             len(codec.encode_cloud(verdict).SerializeToString()) for verdict in rejections
@@ -119,6 +148,31 @@ def traffic(sent: list[EdgeFrame], received: list[CloudFrame]) -> Traffic:
         queue_us=_mean(judging, lambda verdict: verdict.queue_us),
         compute_us=_mean(judging, lambda verdict: verdict.compute_us),
     )
+
+
+def steps_ms(received: list[CloudFrame], keeps_rows: bool) -> list[tuple[int, float]]:
+    """The engine's steps that were told of: drafts forwarded behind the first token, and what it
+    took. `keeps_rows`: a draft that a row judges takes that token's place (docs/protocol.md)."""
+    found = []
+    place = 0
+    for verdict in received:
+        if not isinstance(verdict, Verdict) or not verdict.num_draft_tokens:
+            continue
+        by_row = keeps_rows and (place > 0 or verdict.num_forwards > 1)
+        if verdict.compute_us:
+            found.append((verdict.num_draft_tokens - by_row, verdict.compute_us / 1e3))
+        whole = verdict.num_accepted == verdict.num_draft_tokens
+        place = place + verdict.num_accepted if whole else 0
+    return found
+
+
+def _first_outcome(drafts: list[Draft], verdicts: list[Verdict]) -> str:
+    """Of a draft for the first token, which the cloud draws itself; "-" if there was none."""
+    if not verdicts or not verdicts[0].token_ids:
+        return ""
+    first = verdicts[0].position, verdicts[0].token_ids[0]
+    said = any((draft.base_position, *draft.token_ids[:1]) == first for draft in drafts[:1])
+    return "+" if said else "-"
 
 
 def _outcome(verdict: Verdict) -> str:

@@ -14,6 +14,7 @@ from bench.scenarios import Condition, Group, Suite, System
 
 STARTUP_S = 75.0  # two engines one after the other, compiled before
 COST_CYCLE_S = 10.0
+SLOWNESS_S = 12.0  # of each group: how fast the machine is now
 PLAIN_MS = 42.0  # a token of the target, decoding alone
 VERIFY_MS = 45.5  # a verification, and what each draft in it adds
 VERIFY_MS_PER_DRAFT = 4.2
@@ -46,7 +47,8 @@ def estimate(suite: Suite) -> list[Estimate]:
 
 def total_s(suite: Suite) -> float:
     groups_s = sum(each.seconds for each in estimate(suite))
-    return STARTUP_S + (suite.cost_cycles + 1) * COST_CYCLE_S + groups_s
+    fixed_s = STARTUP_S + (suite.cost_cycles + 1) * COST_CYCLE_S
+    return fixed_s + len(suite.groups) * SLOWNESS_S + groups_s
 
 
 def repetition_s(group: Group) -> float:

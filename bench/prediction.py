@@ -1,22 +1,30 @@
-"""What the event simulation expects of a measured condition, fed by the costs of the same run.
+"""What the event simulation expects of a measured condition, fed by costs of the same run.
 
-What goes in is measured: the cost of verification (costs.py), the link's round trip, and each
-generation's own length, acceptance rate and drafting time a token. Nothing is fitted to the speed.
+What goes in is measured: the link's round trip, the cost of verification (costs.py), and of each
+generation when either side was through with the prompt, its drafting time a token, how much slower
+than that cost its verification was, and which drafts were right, position by position. What is
+predicted is how all that adds up. Nothing is fitted to the speed.
+
+Two more predictions know less, to tell what the knowledge is worth: one takes verification as it
+was when the group began, alone and beside the drafter; the other has chance decide over drafts, at
+the generation's rate of acceptance, although right and wrong ones come in runs.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from dataclasses import replace
 
-from bench.results import ConditionResult, Costs, Record, Result
+from bench.results import ConditionResult, Costs, GroupResult, Record, Result
 from bench.scenarios import System
 from bench.systems import configured
 from bench.tables import Predict
 from picospec import performance as model
 from picospec.messages import VerificationMode
-from picospec.performance_simulation import simulate
+from picospec.performance_simulation import replay_s, simulate
 
-RUNS = 40  # simulated generations of each measured one
+RUNS = 40  # of chance, for each measured generation
 # Decoding without drafts is no matter of this model (performance.cloud_only).
 PREDICTED = frozenset(
     {
@@ -27,14 +35,28 @@ PREDICTED = frozenset(
         System.NO_SPLIT_REJECTION,
     }
 )
+# Seconds of one generation, from its first token to its last.
+Play = Callable[[model.Costs, model.Scheme, model.Link, Record], float]
 
 
-def predictor(result: Result) -> Predict:
-    """Tokens a second of a condition; None for systems that are not modelled."""
-    return lambda each: predict(each, result.costs)
+def predictors(result: Result) -> dict[str, Predict]:
+    """Tokens a second of a condition, None for systems that are not modelled, by what goes in."""
+
+    groups = {id(each): group for group in result.groups for each in group.conditions}
+
+    def predictor(play: Play) -> Predict:
+        return lambda each: predict(each, groups[id(each)], result.costs, play)
+
+    return {
+        "replay": predictor(replayed_with_own_costs),
+        "costs before": predictor(replayed),
+        "rate": predictor(by_chance),
+    }
 
 
-def predict(measured: ConditionResult, costs: Costs) -> float | None:
+def predict(
+    measured: ConditionResult, group: GroupResult, costs: Costs, play: Play
+) -> float | None:
     condition = measured.condition
     if condition.system not in PREDICTED or condition.draft is None:
         return None
@@ -55,42 +77,50 @@ def predict(measured: ConditionResult, costs: Costs) -> float | None:
         bandwidth_bps=None if condition.kbit_s is None else condition.kbit_s * 1e3,
         **_sizes(measured),
     )
-    verify_ms = model.VerifyCost.measured(_verify_ms(costs, condition.draft, scheme))
+    slowness = group.slowness or {"alone": 1.0}
+    verify_ms = costs.alone_ms
+    recoveries_ms = costs.recover_ms.get(condition.draft, {})
+    parts = model.Costs(
+        draft_ms=costs.draft_ms[condition.draft],
+        verify_ms=verify_ms.times(slowness["alone"]),
+        contention=max(1.0, slowness.get(condition.draft, 1.0) / slowness["alone"]),
+        recover_ms=recoveries_ms.get("sparse" if speculation.split_rejection else "whole", 0.0),
+    )
+    own = replace(parts, verify_ms=verify_ms, contention=1.0)
     return statistics.median(
-        _speed(
-            model.Costs(record.draft_ms, verify_ms),
-            scheme,
-            link,
-            acceptance(record),
-            len(record.token_ids),
-        )
+        (len(record.token_ids) - 1)
+        / play(own if play is replayed_with_own_costs else parts, scheme, link, record)
         for record in measured.complete
     )
 
 
-def _speed(
-    costs: model.Costs, scheme: model.Scheme, link: model.Link, alpha: float, num_tokens: int
+def replayed_with_own_costs(
+    costs: model.Costs, scheme: model.Scheme, link: model.Link, record: Record
 ) -> float:
-    """Tokens a second of generations as long as the measured one, the first token left out."""
-    time_s = 0.0
-    for seed in range(RUNS):
-        prediction = simulate(costs, scheme, link, alpha, num_tokens - 1, seed)
-        time_s += (num_tokens - 1) / prediction.tokens_per_s
-    return RUNS * (num_tokens - 1) / time_s
+    """Every draft comes out as it did, every step takes as much longer as they did on average."""
+    own = replace(costs, verify_ms=costs.verify_ms.times(record.slowness))
+    return replayed(own, scheme, link, record)
 
 
-def _verify_ms(costs: Costs, draft: str, scheme: model.Scheme) -> dict[int, float]:
-    """Where both sides compute at once, what it takes then; in sequence, what it takes alone."""
-    if scheme.parallel_draft:
-        return costs.busy_verify_ms[draft]
-    return {**costs.verify_ms["split"], 0: costs.verify_ms["coupled"][0]}
+def replayed(costs: model.Costs, scheme: model.Scheme, link: model.Link, record: Record) -> float:
+    """Every draft comes out as it did."""
+    first_frame_ms = scheme.frame_length * record.draft_ms
+    text = model.Text(
+        tuple(outcome == "+" for outcome in record.outcomes),
+        cloud_prefill_ms=max(0.0, 1e3 * record.ttft_s - link.rtt_ms),
+        edge_prefill_ms=max(0.0, 1e3 * record.first_draft_s - first_frame_ms),
+    )
+    return replay_s(replace(costs, draft_ms=record.draft_ms), scheme, link, text)
 
 
-def acceptance(record: Record) -> float:
-    """A judged draft's chance, given that those before it were accepted: every chain of accepted
-    drafts ends with one rejection."""
-    judged = record.accepted + record.rejections
-    return record.accepted / judged if judged else 0.0
+def by_chance(costs: model.Costs, scheme: model.Scheme, link: model.Link, record: Record) -> float:
+    """Each draft is as likely to be right as the generation's were on average."""
+    costs = replace(costs, draft_ms=record.draft_ms)
+    num_tokens = len(record.token_ids) - 1
+    runs = (
+        simulate(costs, scheme, link, record.acceptance, num_tokens, seed) for seed in range(RUNS)
+    )
+    return statistics.fmean(num_tokens / run.tokens_per_s for run in runs)
 
 
 def _sizes(measured: ConditionResult) -> dict[str, int]:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import paper, plots, tables
-from bench.prediction import predictor
+from bench.prediction import predictors
 from bench.results import Result, load
 from bench.scenarios import ABLATION_TEMPERATURE, SWEEP_RTT_MS, Condition
-from bench.tables import Column, Predict, Setting
+from bench.tables import Cell, Column, Predictors, Setting
 
 
 def write(result: Result, folder: Path) -> Path:
@@ -21,12 +21,12 @@ def write(result: Result, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plots.draw(result, folder)
     path = folder / f"{result.suite}.md"
-    predict = predictor(result) if result.costs.verify_ms else None
+    predict = predictors(result) if result.costs.verify_ms else None
     path.write_text(render(result, pictures, predict))
     return path
 
 
-def render(result: Result, pictures: dict[str, str], predict: Predict | None = None) -> str:
+def render(result: Result, pictures: dict[str, str], predict: Predictors | None = None) -> str:
     """Markdown. `pictures` gives a plot's file by its name (plots.py)."""
     parts = [f"# The WAN benchmark, suite `{result.suite}`", _preamble(result), *_lossless(result)]
     for title, text, picture, body in _sections(result, predict):
@@ -38,7 +38,7 @@ def render(result: Result, pictures: dict[str, str], predict: Predict | None = N
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _sections(result: Result, predict: Predict | None) -> Iterator[tuple[str, str, str, str]]:
+def _sections(result: Result, predict: Predictors | None) -> Iterator[tuple[str, str, str, str]]:
     """Title, text, plot, table."""
     cell = (
         "A cell: **speed-up** over stock vLLM on the same prompt and link (median, quartiles), "
@@ -58,6 +58,13 @@ def _sections(result: Result, predict: Predict | None) -> Iterator[tuple[str, st
         tables.control(result),
     )
     yield (
+        "Adaptive draft length as a share of the best fixed one",
+        "Medians over the prompts. The fixed length that was fastest in hindsight owes something "
+        "to luck; the one that was fastest on the other prompts does not.",
+        "",
+        tables.control_shares(result),
+    )
+    yield (
         "Draft length",
         f"Beside the paper's sweep (Qwen, GSM8K; {paper.SOURCE}).",
         "lengths",
@@ -67,7 +74,8 @@ def _sections(result: Result, predict: Predict | None) -> Iterator[tuple[str, st
     yield (
         "What each part is worth",
         'Temperature 0.7 unless the group says otherwise. "Of full" is the speed relative to the '
-        "whole system with the same draft; the last columns are the paper's same ratios.",
+        "whole system with the same draft; restart is what passes at the edge from a rejection's "
+        "arrival to the recovered token's departure; the last columns are the paper's same ratios.",
         "ablation",
         ablation,
     )
@@ -84,31 +92,39 @@ def _sections(result: Result, predict: Predict | None) -> Iterator[tuple[str, st
     }
     yield "Bandwidth", cell, "", _if_several(result, _bandwidth, warm)
     heats: set[Setting] = {(SWEEP_RTT_MS, None, heat) for heat in (0.0, ABLATION_TEMPERATURE, 1.0)}
-    yield "Temperature", cell, "", _if_several(result, _temperature, heats)
+    yield (
+        "Temperature",
+        f"{cell} α: accepted drafts among those looked at.",
+        "",
+        _if_several(result, _temperature, heats, tables.acceptance_cell),
+    )
     yield (
         "Costs of the parts",
         f"Stock vLLM: {result.costs.baseline_ms:.1f} ms a token. Drafts, ms a token: "
         + ", ".join(f"{draft} {ms:.1f}" for draft, ms in result.costs.draft_ms.items())
-        + "; while the cloud verifies: "
-        + ", ".join(f"{draft} {ms:.1f}" for draft, ms in result.costs.busy_draft_ms.items())
         + ".",
         "",
-        tables.costs(result),
+        "\n\n".join(filter(None, (tables.costs(result), tables.slowness(result)))),
     )
     if predict is not None:
         yield (
             "Predicted and measured",
-            "The event simulation (`picospec/performance_simulation.py`), fed by the costs above "
-            "and each condition's own acceptance rate; nothing is fitted to the speed.",
+            "The event simulation (`picospec/performance_simulation.py`). *Replay*: fed by each "
+            "generation's own times of drafting, verifying and prefilling, and the outcome of its "
+            "drafts, one by one. *Costs before*: the same, but verification as it was measured "
+            "when the group began. *Rate*: as that, but chance decides, at the generation's rate "
+            "of acceptance. Nothing is fitted to the speed.",
             "",
             tables.predictions(result, predict),
         )
 
 
-def _if_several(result: Result, column: Column, links: set[Setting]) -> str:
+def _if_several(
+    result: Result, column: Column, links: set[Setting], cell: Cell = tables.speedup_cell
+) -> str:
     """One column compares nothing."""
     measured = {group.conditions[0].condition.link for group in result.groups} & links
-    return tables.links(result, column, links) if len(measured) > 1 else ""
+    return tables.links(result, column, links, cell) if len(measured) > 1 else ""
 
 
 def _bandwidth(condition: Condition) -> str:

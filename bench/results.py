@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.scenarios import Condition, System
 from bench.spreads import Spread, spread
+from picospec.performance import VerifyCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,9 @@ class Record:
     drafts_sent: int = 0  # those sent in vain included
     accepted: int = 0
     misses: int = 0  # drafts that were rejected; those after them were not looked at
-    outcomes: str = ""  # of drafts, by position: "+" accepted, "-" rejected and recovered
+    outcomes: str = ""  # by output position: "+" where a draft was right, "-" where it was not
+    first_draft_s: float = 0.0  # from the request to the first frame with drafts
+    restart_ms: float = 0.0  # from a rejection's arrival to the recovered token's departure
     verdicts: int = 0
     rejections: int = 0
     rollbacks: int = 0
@@ -40,6 +43,7 @@ class Record:
     queue_us: float = 0.0  # a verdict's mean wait in the cloud
     compute_us: float = 0.0  # a verdict's mean forward and sampling
     draft_ms: float = 0.0  # the drafter's time for a token, rolled back ones included
+    slowness: float = 1.0  # what verification took, over `Costs.alone_ms`
     compared: bool = False  # greedy: with the baseline's text on this prompt
     first_difference: int | None = None  # where it leaves that text; None: nowhere
     error: str = ""  # why there is no result
@@ -85,6 +89,9 @@ class GroupResult:
     max_tokens: int
     conditions: list[ConditionResult]
     wall_s: float = 0.0
+    # What verification took when the group began, over `Costs.alone_ms`: alone, and by draft
+    # while its model drafts, for both sides share the memory.
+    slowness: dict[str, float] = field(default_factory=dict)
 
     @property
     def baseline(self) -> ConditionResult:
@@ -104,9 +111,13 @@ class Costs:
     verify_ms: dict[str, dict[int, float]] = field(default_factory=dict)  # mode: drafts: ms
     draft_ms: dict[str, float] = field(default_factory=dict)  # draft: ms a token
     baseline_ms: float = 0.0  # a token of stock vLLM
-    # The same while the other side computes, too: both share memory and its bandwidth.
-    busy_verify_ms: dict[str, dict[int, float]] = field(default_factory=dict)  # draft: ...
-    busy_draft_ms: dict[str, float] = field(default_factory=dict)
+    # draft: kind of rejection: to draw the recovered token from it
+    recover_ms: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def alone_ms(self) -> VerifyCost:
+        """Verification in split mode, and a forward without drafts."""
+        return VerifyCost.measured({**self.verify_ms["split"], 0: self.verify_ms["coupled"][0]})
 
 
 @dataclass(slots=True)
@@ -177,18 +188,16 @@ def from_json(data: dict[str, Any]) -> Result:
                 for entry in group["conditions"]
             ],
             group["wall_s"],
+            group["slowness"],
         )
         for group in data["groups"]
     ]
     costs = data["costs"]
-    tables = {
-        name: {
-            key: {int(count): ms for count, ms in times.items()}
-            for key, times in costs[name].items()
-        }
-        for name in ("verify_ms", "busy_verify_ms")
+    verify_ms = {
+        mode: {int(count): ms for count, ms in times.items()}
+        for mode, times in costs["verify_ms"].items()
     }
-    return Result(**{**data, "groups": groups, "costs": Costs(**{**costs, **tables})})
+    return Result(**{**data, "groups": groups, "costs": Costs(**{**costs, "verify_ms": verify_ms})})
 
 
 def load(path: Path) -> Result:

@@ -27,6 +27,7 @@ from picospec.errors import ConfigError
 from picospec.messages import TokenArray
 
 SEED = 20260319
+SLOWNESS_CYCLES = 3
 T = TypeVar("T")
 Say = Callable[[str], None]
 
@@ -88,6 +89,7 @@ async def run(
         await session.warm_up()
         result.costs = await costs.measure(bed, session.prompts[0].token_ids, suite.cost_cycles)
         say(f"costs: {result.costs}")
+        session.costs, bed.verify_ms = result.costs, result.costs.alone_ms
         for number, group in enumerate(suite.groups):
             result.groups.append(await session.run_group(number, group))
             result.wall_s = time.monotonic() - started_s
@@ -111,6 +113,7 @@ class _Run:
         self._ends_s = started_s + suite.budget_min * 60
         self._estimated_s = 0.0  # of the groups so far
         self._spent_s = 0.0
+        self.costs = Costs()
         count = max(group.num_prompts for group in suite.groups)
         self.prompts = [
             _Tokenized(prompt, prompt_tokens(bed, prompt.prompt))
@@ -140,13 +143,16 @@ class _Run:
         await self._bed.set_link(rtt_ms, kbit_s)
         for result in results:
             result.round_trip_ms = self._bed.round_trip_ms
+        prompt = self.prompts[0].token_ids
+        slowness = await costs.slowness(self._bed, prompt, self.costs, SLOWNESS_CYCLES)
+        self._say(f"{group.name}: slowness {slowness}")
         for repetition in range(num_prompts):
             await self._repeat(repetition, group, results)
         wall_s = time.monotonic() - started_s
         self._estimated_s += num_prompts * plan.repetition_s(group)
         self._spent_s += wall_s
         self._say(f"{group.name}: {num_prompts} prompts in {wall_s / 60:.1f} min")
-        return GroupResult(group.name, group.max_tokens, results, wall_s)
+        return GroupResult(group.name, group.max_tokens, results, wall_s, slowness)
 
     async def _repeat(self, repetition: int, group: Group, results: list[ConditionResult]) -> None:
         prompt = self.prompts[repetition]

@@ -169,7 +169,7 @@ def full() -> Suite:
     rtts = [
         group(
             f"RTT {rtt_ms:g} ms", (rtt_ms, None, 0.0), _systems_at(rtt_ms),
-            num_prompts=6, max_tokens=48,
+            num_prompts=6, max_tokens=64,
         )
         for rtt_ms in RTTS_MS
     ]  # fmt: skip

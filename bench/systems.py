@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import statistics
 import time
 from collections.abc import Iterable
 from contextlib import aclosing
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bench.bed import Bed
-from bench.metering import traffic
+from bench.metering import steps_ms, traffic
 from bench.results import Record
 from bench.scenarios import Condition, System
 from edge_agent import config as edge_config
@@ -210,9 +211,9 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
     config = configured(condition)
     # As in the daemon, an edge's chats learn from each other.
     control = bed.controls.setdefault(condition, control_of(config))
-    generator = SpeculativeGenerator(
-        bed.link, drafting, lambda: bed.card, policy_of(config), control=control
-    )
+    policy = policy_of(config)
+    coupled = policy.mode is VerificationMode.COUPLED
+    generator = SpeculativeGenerator(bed.link, drafting, lambda: bed.card, policy, control=control)
     request = GenerationRequest(
         request_id=f"bench-{next(_numbers)}",
         prompt_token_ids=task.prompt_token_ids,
@@ -240,6 +241,8 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
         accepted=seen.num_accepted,
         misses=seen.misses,
         outcomes=seen.outcomes,
+        first_draft_s=bed.link.first_draft_s,
+        restart_ms=1e3 * statistics.median(bed.link.restarts_s or [0.0]),
         verdicts=seen.verdicts,
         rejections=seen.rejections,
         rollbacks=stats.rollbacks,
@@ -253,7 +256,16 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
         queue_us=seen.queue_us,
         compute_us=seen.compute_us,
         draft_ms=_draft_ms(bed, condition.draft, before) if before is not None else 0.0,
+        slowness=_slowness(bed, keeps_rows=policy.fast_verify and not coupled),
     )
+
+
+def _slowness(bed: Bed, *, keeps_rows: bool) -> float:
+    """Of the last generation's verification."""
+    steps = steps_ms(bed.link.received, keeps_rows)
+    if bed.verify_ms is None or not steps:
+        return 1.0
+    return sum(ms for _, ms in steps) / sum(bed.verify_ms(count) for count, _ in steps)
 
 
 def _draft_ms(bed: Bed, draft: str, before: tuple[int, float]) -> float:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import geometric_mean
 
 from bench import paper
 from bench.results import ConditionResult, GroupResult, Record, Result
-from bench.scenarios import ADAPTIVE, DRAFTS, TOP_10, TRUNCATED_10, Condition, System, fixed
+from bench.scenarios import (
+    ADAPTIVE,
+    DRAFTS,
+    TOP_10,
+    TRUNCATED_10,
+    Condition,
+    Overrides,
+    System,
+    fixed,
+)
 from bench.spreads import mean_absolute_error, spread
 
 Predict = Callable[[ConditionResult], float | None]  # tokens a second, None: not modelled
+Predictors = Mapping[str, Predict]  # by what they start from
 Column = Callable[[Condition], str]  # what a column is called
+Cell = Callable[[GroupResult, ConditionResult], str]
 Setting = tuple[float, float | None, float]  # Condition.link
 Row = Sequence[str]
 
@@ -60,6 +72,14 @@ def speedup_cell(group: GroupResult, result: ConditionResult) -> str:
     return f"**{ratio.median:.2f}** ({ratio.low:.2f}–{ratio.high:.2f}), {rate:.1f}"
 
 
+def acceptance_cell(group: GroupResult, result: ConditionResult) -> str:
+    """The same, and the share of drafts that were right among those that were looked at."""
+    cell = speedup_cell(group, result)
+    if result.condition.draft is None:
+        return cell
+    return f"{cell}, α {_median(result, lambda record: record.acceptance):.2f}"
+
+
 def by_rtt(result: Result) -> str:
     """Greedy, unlimited bandwidth, settings as they come: a row a system, a column an RTT."""
     return _over_rtts(
@@ -71,6 +91,49 @@ def control(result: Result) -> str:
     """Adaptive draft length beside fixed ones, at every RTT."""
     swept = (ADAPTIVE, *(fixed(length) for length in range(1, 9)))
     return _over_rtts(result, lambda condition: condition.overrides in swept, label)
+
+
+def control_shares(result: Result) -> str:
+    """The adaptive length's speed as a share of the best fixed one's, on the same prompts."""
+    cells: dict[str, dict[float, str]] = {}
+    for group in result.groups:
+        rtt_ms = group.baseline.condition.rtt_ms
+        for draft in DRAFTS:
+            speeds = {
+                each.condition.overrides: each.speeds()
+                for each in group.conditions
+                if each.condition.draft == draft and each.complete
+            }
+            adaptive = speeds.get(ADAPTIVE, {})
+            lengths = {key: speeds[key] for key in map(fixed, range(1, 9)) if key in speeds}
+            prompts = set(adaptive).intersection(*lengths.values())
+            if len(prompts) < 2 or not lengths:
+                continue
+            best = best_length(lengths, prompts)
+            share = spread([adaptive[key] / lengths[best][key] for key in prompts]).median
+            row = cells.setdefault(f"{draft}, best in hindsight", {})
+            row[rtt_ms] = f"{share:.0%} of n = {dict(best)['draft_length']}"
+            shares = [
+                adaptive[key] / lengths[best_length(lengths, prompts - {key})][key]
+                for key in prompts
+            ]
+            row = cells.setdefault(f"{draft}, best on the other prompts", {})
+            row[rtt_ms] = f"{spread(shares).median:.0%}"
+    rtts_ms = sorted({rtt_ms for row in cells.values() for rtt_ms in row})
+    head = ["", *(f"RTT {rtt_ms:g} ms" for rtt_ms in rtts_ms)]
+    return table(
+        head, ([row, *(cells[row].get(rtt_ms, "") for rtt_ms in rtts_ms)] for row in cells)
+    )
+
+
+def best_length(speeds: Mapping[Overrides, Mapping[str, float]], prompts: set[str]) -> Overrides:
+    """The fixed length that is fastest on `prompts`: by the geometric mean, so that no prompt
+    counts for more than another.
+
+    >>> best_length({fixed(1): {"a": 10, "b": 40}, fixed(2): {"a": 20, "b": 25}}, {"a", "b"})
+    (('draft_length', 2),)
+    """
+    return max(speeds, key=lambda length: geometric_mean(speeds[length][key] for key in prompts))
 
 
 def _over_rtts(
@@ -170,6 +233,7 @@ def ablation(result: Result) -> str:
                 f"{_median(each, lambda record: record.compute_us / 1e3):.1f}",
                 f"{_median(each, lambda record: ROUND * record.draft_ms):.1f}",
                 f"{_median(each, lambda record: record.queue_us / 1e3):.1f}",
+                f"{_restart_ms(each):.1f}",
                 *(
                     "" if row is None else f"{row.tokens_per_s / whole.tokens_per_s:.2f}"
                     for row, whole in zip(theirs, full, strict=True)
@@ -178,6 +242,7 @@ def ablation(result: Result) -> str:
         )
     head = ["", "speed-up, tokens/s", "of full", "acceptance"]
     head += ["ms a round", "T_verify, ms", f"T_draft ({ROUND} drafts), ms", "queue, ms"]
+    head += ["restart, ms"]
     return table([*head, *(f"paper, {load}" for load in paper.ABLATION)], rows)
 
 
@@ -247,7 +312,7 @@ def traffic(result: Result) -> str:
     return table([*head, "on the wire a token up", "down"], rows_and_paper) if rows else ""
 
 
-def links(result: Result, column: Column, settings: set[Setting]) -> str:
+def links(result: Result, column: Column, settings: set[Setting], cell: Cell) -> str:
     """A row for each system as it comes; used for bandwidths and for temperatures."""
     cells: dict[str, dict[str, str]] = {}
     columns: list[str] = []
@@ -257,7 +322,7 @@ def links(result: Result, column: Column, settings: set[Setting]) -> str:
         name = column(each.condition)
         if name not in columns:
             columns.append(name)
-        cells.setdefault(label(each.condition), {})[name] = speedup_cell(group, each)
+        cells.setdefault(label(each.condition), {})[name] = cell(group, each)
     rows = ([row, *(cells[row].get(name, "") for name in columns)] for row in cells)
     return table(["", *columns], rows)
 
@@ -266,8 +331,6 @@ def costs(result: Result) -> str:
     """What one verification takes, by mode and number of drafts."""
     costs = result.costs
     named = {f"verification, {mode}": times for mode, times in costs.verify_ms.items()}
-    for draft, times in costs.busy_verify_ms.items():
-        named[f"split, while {draft} drafts"] = times
     counts = sorted({count for times in named.values() for count in times})
     rows = [
         [name, *(f"{times[n]:.1f}" if n in times else "" for n in counts)]
@@ -276,23 +339,51 @@ def costs(result: Result) -> str:
     return table(["ms, by drafts", *map(str, counts)], rows)
 
 
-def predictions(result: Result, predict: Predict) -> str:
-    """Tokens a second, predicted beside measured, and the mean absolute error."""
-    rows, guesses, values = [], [], []
+def slowness(result: Result) -> str:
+    """How verification's costs changed with time, and beside a drafter that computes."""
+    head = ["verification, over its cost", *(group.name for group in result.groups)]
+    names = {"alone": "alone", **{draft: f"while {draft} drafts" for draft in DRAFTS}}
+    return table(
+        head,
+        [
+            [shown, *(f"{group.slowness[name]:.2f}" for group in result.groups)]
+            for name, shown in names.items()
+            if all(name in group.slowness for group in result.groups)
+        ],
+    )
+
+
+def predictions(result: Result, predictors: Predictors) -> str:
+    """Tokens a second as predicted (prediction.py) beside what was measured, and the mean absolute
+    errors."""
+    rows: list[list[str]] = []
+    values: list[float] = []
+    guesses: dict[str, list[float]] = {name: [] for name in predictors}
     for group, each in result.find(lambda each: each.draft is not None):
-        guess = predict(each)
-        if guess is None:
+        found = {name: predict(each) for name, predict in predictors.items()}
+        if None in found.values():
             continue
         value = each.spread(lambda record: record.tokens_per_s).median
-        guesses.append(guess)
         values.append(value)
-        off = f"{guess / value - 1:+.0%}"
-        rows.append([group.name, label(each.condition), f"{guess:.1f}", f"{value:.1f}", off])
+        row = [group.name, label(each.condition), f"{value:.1f}"]
+        for name, guess in found.items():
+            assert guess is not None
+            guesses[name].append(guess)
+            row += [f"{guess:.1f}", f"{guess / value - 1:+.0%}"]
+        rows.append(row)
     if not rows:
         return ""
-    error = mean_absolute_error(guesses, values)
-    shown = table(["group", "", "predicted, tokens/s", "measured", "off by"], rows)
-    return f"Mean absolute error: **{error:.1%}** over {len(rows)} conditions.\n\n{shown}"
+    errors = ", ".join(
+        f"{name} **{mean_absolute_error(guesses[name], values):.1%}**" for name in guesses
+    )
+    head = ["group", "", "measured, tokens/s"]
+    head += [cell for name in guesses for cell in (name, "off by")]
+    return f"Mean absolute error over {len(rows)} conditions: {errors}.\n\n{table(head, rows)}"
+
+
+def _restart_ms(result: ConditionResult) -> float:
+    """From a rejection to the recovered token, in texts that had one."""
+    return spread([each.restart_ms for each in result.complete if each.rejections]).median
 
 
 def _median(result: ConditionResult, value: Callable[[Record], float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def measured(planned: Group) -> GroupResult:
                 accepted=9 * drafts,
                 verdicts=4,
                 rejections=2 * drafts,
+                outcomes="++-++++-+++" * drafts,
                 draft_bytes=160 * drafts,
                 rejection_bytes=120 * drafts,
                 draft_ms=8.0 * drafts,
@@ -84,8 +86,7 @@ def result() -> Result:
             {"coupled": {0: 40.0, 4: 60.0}, "split": {4: 61.0}},
             {"int4": 7.5, "int8": 13.2},
             42.0,
-            {draft: {0: 41.0, 4: 62.0} for draft in ("int4", "int8")},
-            {"int4": 8.0, "int8": 14.0},
+            {draft: {"sparse": 0.4, "whole": 0.9} for draft in ("int4", "int8")},
         ),
     )
 
@@ -114,7 +115,7 @@ def test_a_file_keeps_everything(result: Result, tmp_path: Path) -> None:
 
 
 def test_the_report_has_every_table(result: Result) -> None:
-    text = report.render(result, {}, predict=lambda each: 30.0)
+    text = report.render(result, {}, predict={"outcomes": lambda each: 30.0})
     for title in (
         "Speed-up over the cloud alone",
         "Adaptive draft length",
@@ -135,7 +136,7 @@ def test_the_report_has_every_table(result: Result) -> None:
 
 
 def test_rows_have_as_many_cells_as_heads(result: Result) -> None:
-    lines = report.render(result, {}, predict=lambda each: 30.0).splitlines()
+    lines = report.render(result, {}, predict={"outcomes": lambda each: 30.0}).splitlines()
     widths: list[int] = []
     for line in lines:
         if not line.startswith("|"):
@@ -163,9 +164,34 @@ def test_what_was_not_measured_leaves_no_section(result: Result) -> None:
     assert "- ablation: no such key" in text
 
 
+def test_the_adaptive_length_beside_the_best_fixed_one(result: Result) -> None:
+    speeds = {
+        (("draft_length", 3),): {"a": 1.0, "b": 2.0},
+        (("draft_length", 4),): {"a": 2.0, "b": 1.5},
+        (("control", "adaptive"),): {"a": 1.8, "b": 1.5},
+    }
+    for each in result.groups[1].conditions:
+        if each.condition.overrides in speeds and each.condition.draft == "int4":
+            wanted = speeds[each.condition.overrides]
+            each.records = [
+                replace(record, seconds=10 / wanted[record.prompt_id]) for record in each.records
+            ]
+        elif each.condition.overrides:
+            each.records = []
+    text = tables.control_shares(result)
+    assert "| int4, best in hindsight | 95% of n = 4 |" in text  # 0.9 and 1.0
+    assert "| int4, best on the other prompts | 140% |" in text  # 1.8 of 1.0, 1.5 of 1.5
+
+
 def test_predictions_beside_measurements(result: Result) -> None:
-    text = tables.predictions(result, lambda each: 1.2 * each.spread(_rate).median)
-    assert "Mean absolute error: **20.0%**" in text
+    text = tables.predictions(
+        result,
+        {
+            "outcomes": lambda each: 1.2 * each.spread(_rate).median,
+            "rate": lambda each: 0.7 * each.spread(_rate).median,
+        },
+    )
+    assert "conditions: outcomes **20.0%**, rate **30.0%**" in text
 
 
 def test_the_plots_are_written(result: Result, tmp_path: Path) -> None:
