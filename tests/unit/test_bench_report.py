@@ -68,6 +68,7 @@ def result() -> Result:
     ]
     machine = {
         "processor": "a processor",
+        "vector_extensions": ["avx2"],
         "cores": 2,
         "memory_gib": 4.0,
         "load_average": 0.0,
