@@ -81,6 +81,14 @@ bench-quick: install models ## the same in five minutes, a few tokens of each; w
 bench-overhead: install models ## measure what the system costs beside the models' own forwards
 	$(BIN)/python -m bench.overhead $(BENCH_ARGS)
 
+.PHONY: bench-profile
+bench-profile: install models ## say where a verification step and a drafted token spend their time
+	$(BIN)/python -m bench.step_profile $(BENCH_ARGS)
+
+.PHONY: bench-follow
+bench-follow: install models ## show the adaptive control follow a link that changes under a text
+	$(BIN)/python -m bench.follow $(BENCH_ARGS)
+
 .PHONY: clean
 clean: ## remove the environment and everything generated; prepared models stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .run

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from bench import plan, scenarios, spreads, tables
+from bench import metering, plan, scenarios, spreads, step_profile, tables
 from bench.scenarios import ADAPTIVE, DRAFTS, SUITES, Condition, Suite, System, fixed
 from edge_agent.config import SpeculationConfig
 
@@ -88,7 +88,7 @@ def test_the_plan_is_told(suite: Suite) -> None:
     assert len(lines) == len(suite.groups) + 2
 
 
-@pytest.mark.parametrize("module", [plan, scenarios, spreads, tables])
+@pytest.mark.parametrize("module", [metering, plan, scenarios, spreads, step_profile, tables])
 def test_examples(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.attempted

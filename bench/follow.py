@@ -1,0 +1,123 @@
+"""How the adaptive control follows a link that changes under a generation: `python -m bench.follow`.
+
+One long greedy text a draft model, over a relay whose round trip steps up and down again, then the
+same with the default fixed lengths. Told: every plan, and the tokens committed in each second.
+The layout of processes and cores is the benchmark's (bed.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.bed import Bed, laid_out
+from bench.machine import description
+from bench.prompts import own_prompts
+from bench.scenarios import ADAPTIVE, DRAFTS, Condition, Overrides, System
+from bench.systems import configured, prompt_tokens
+from edge_agent.generation import GenerationRequest
+from edge_agent.observer import NullObserver
+from edge_agent.pipeline import SpeculativeGenerator
+from edge_agent.server import control_of, policy_of
+from picospec.messages import SamplingParams
+
+RTTS_MS = (20.0, 200.0, 20.0)
+STAY_S = 6.0  # with each
+MAX_TOKENS = 900
+Result = dict[str, Any]
+
+
+@dataclass
+class Timeline(NullObserver):
+    """Plans and tokens, by seconds since the first token."""
+
+    plans: list[tuple[float, int, int]] = field(default_factory=list)  # (s, length, window)
+    commits: list[tuple[float, int]] = field(default_factory=list)  # (s, tokens)
+    began_s: float | None = None
+
+    def now(self) -> float:
+        if self.began_s is None:
+            self.began_s = time.perf_counter()
+        return time.perf_counter() - self.began_s
+
+    def planned(self, draft_length: int, window: int) -> None:
+        self.plans.append((round(self.now(), 2), draft_length, window))
+
+    def tokens_by_second(self) -> list[int]:
+        counts = [0] * (1 + int(self.commits[-1][0]))
+        for at_s, num_tokens in self.commits:
+            counts[int(at_s)] += num_tokens
+        return counts
+
+
+async def follow(bed: Bed, draft: str, overrides: Overrides) -> Result:
+    await bed.set_link(RTTS_MS[0], None)
+    config = configured(Condition(System.PICOSPEC, draft, RTTS_MS[0], overrides=overrides))
+    line = Timeline()
+    generator = SpeculativeGenerator(
+        bed.link,
+        bed.drafting[draft],
+        lambda: bed.card,
+        policy_of(config),
+        line,
+        control_of(config),
+    )
+    request = GenerationRequest(
+        request_id=f"follow-{time.monotonic_ns()}",
+        prompt_token_ids=prompt_tokens(bed, own_prompts()[0].prompt),
+        sampling=SamplingParams(temperature=0.0),
+        max_tokens=MAX_TOKENS,
+        stop_token_ids=(),
+    )
+    changes = asyncio.create_task(_change(bed))
+    generation = generator.generate(request)
+    try:
+        async for chunk in generation:
+            line.commits.append((line.now(), len(chunk.token_ids)))
+            if changes.done():
+                break
+    finally:
+        changes.cancel()
+        await generation.aclose()
+    return {"plans": line.plans, "tokens_by_second": line.tokens_by_second()}
+
+
+async def _change(bed: Bed) -> None:
+    for rtt_ms in RTTS_MS[1:]:
+        await asyncio.sleep(STAY_S)
+        await bed.cloud_relay.set(rtt_ms, None)
+    await asyncio.sleep(STAY_S)
+
+
+async def _run() -> Result:
+    result: Result = {"machine": description(), "rtts_ms": RTTS_MS, "stay_s": STAY_S}
+    with tempfile.TemporaryDirectory(prefix="picospec-follow-") as logs:
+        async with laid_out(DRAFTS, Path(logs), eager=False) as bed:
+            for draft in DRAFTS:
+                for name, overrides in (("adaptive", ADAPTIVE), ("fixed", ())):
+                    result[f"{draft}, {name}"] = await follow(bed, draft, overrides)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the results here")
+    arguments = parser.parse_args()
+    result = asyncio.run(_run())
+    print(f"round trips of {RTTS_MS} ms, {STAY_S:g} s each")
+    for name, row in result.items():
+        if isinstance(row, dict) and "plans" in row:
+            print(f"{name}\n  tokens in each second: {row['tokens_by_second']}")
+            print("  plans (s, draft length, window): " + ", ".join(map(str, row["plans"])))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
