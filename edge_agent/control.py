@@ -144,6 +144,8 @@ class AdaptiveLength:
     def plan(self, now: float) -> DraftPlan:
         self._estimates.age(now)
         if self._estimates.known and now - self._looked_s >= CHANGE_INTERVAL_S:
+            if self._looked_s == -math.inf:
+                self._changed_s = now  # little is known yet: too little to narrow the window
             self._looked_s = now
             plan = self._better_plan(now)
             if plan != self._plan:
