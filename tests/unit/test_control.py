@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import itertools
+import statistics
 from typing import cast
 
 import pytest
@@ -128,20 +129,24 @@ def test_follows_a_step_of_the_round_trip(
 
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme(mode=COUPLED)], ids=str)
 def test_a_loaded_engine_shortens_the_draft(scheme: Scheme) -> None:
-    """A full batch is compute-bound: each further draft costs as much as the first token."""
+    """A full batch is compute-bound: each further draft costs as much as the first token. Whether
+    steps differ enough to tell is luck, so several runs."""
     alpha, link = 0.69, Link(20.0)
     idle = costs_of(alpha)
     loaded = dataclasses.replace(idle, verify_ms=VerifyCost.affine(60.0, 40.0))
-    simulation, recorder = closed_loop(scheme, idle, link, alpha)
-    simulation.run(until_ms=10e3)
-    before = recorder.plans[-1][1].draft_length
-    simulation.world.costs = loaded
-    simulation.run(until_ms=18e3)
-    plan = recorder.plans[-1][1]
-    assert plan.draft_length < before
-    assert goodput(scheme, loaded, link, alpha, plan) >= 0.95 * best_fixed(
-        scheme, loaded, link, alpha
-    )
+    best = best_fixed(scheme, loaded, link, alpha)
+    shares = []
+    for seed in range(5):
+        simulation, recorder = closed_loop(scheme, idle, link, alpha, seed)
+        simulation.run(until_ms=10e3)
+        before = recorder.plans[-1][1].draft_length
+        simulation.world.costs = loaded
+        simulation.run(until_ms=18e3)
+        plan = recorder.plans[-1][1]
+        assert plan.draft_length < before
+        shares.append(goodput(scheme, loaded, link, alpha, plan) / best)
+    assert min(shares) >= 0.88
+    assert statistics.median(shares) >= 0.95
 
 
 def test_a_long_link_gets_a_wide_window_and_a_short_one_a_narrow() -> None:
