@@ -229,8 +229,9 @@ def _check_rejection(rejection: Rejection, card: ModelCard) -> None:
         "verdict.rejection.token_ids",
     )
     _check_tokens(token_ids, card.logits_width, "verdict.rejection.token_ids")
+    # A whole law's ids ascend, which is told a hundred times as fast as sorting them.
     _require(
-        len(np.unique(token_ids)) == len(token_ids),
+        bool((token_ids[1:] > token_ids[:-1]).all()) or len(np.unique(token_ids)) == len(token_ids),
         "A token id comes twice",
         "verdict.rejection.token_ids",
     )
