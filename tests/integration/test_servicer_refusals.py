@@ -127,6 +127,7 @@ async def test_a_message_that_is_too_large_is_refused() -> None:
 
 
 INVALID, ORDER = "INVALID_ARGUMENT", "FAILED_PRECONDITION"
+BASE = "draft.base_position"
 # What is sent after the first verdict of a split session; the first draft belongs at FIRST.
 BAD_FRAMES: list[tuple[Any, str, str]] = [
     (an_open(), ORDER, "open"),
@@ -141,14 +142,16 @@ BAD_FRAMES: list[tuple[Any, str, str]] = [
     (Draft(0, FIRST, (1,), (0.5,), probe=1), INVALID, "draft.probe"),
     (Draft(0, FIRST), INVALID, "draft.probe"),
     (Draft(0, FIRST, (), probe=2**31), INVALID, "draft.probe"),
-    (Draft(0, 0, (1,), (0.5,)), INVALID, "draft.base_position"),
-    (Draft(0, 2**31, (1,), (0.5,)), INVALID, "draft.base_position"),
+    (Draft(0, 0, (1,), (0.5,)), INVALID, BASE),
+    (Draft(0, 2**31, (1,), (0.5,)), INVALID, BASE),
     (Draft(1, FIRST, (1,), (0.5,)), ORDER, "draft.epoch"),
-    (Draft(0, FIRST + 1, (1,), (0.5,)), ORDER, "draft.base_position"),
-    (Draft(0, 2, (1,), (0.5,)), ORDER, "draft.base_position"),
+    (Draft(0, FIRST + 1, (1,), (0.5,)), ORDER, BASE),
+    (Draft(0, 2, (1,), (0.5,)), ORDER, BASE),
     (Draft(0, FIRST, (1,), num_forced=1), ORDER, "draft.num_forced"),
     (Draft(0, FIRST, (1,) * 16, (0.5,) * 16), ORDER, "draft.token_ids"),  # beyond max_tokens
-    (pb.GenerateRequest(draft=pb.Draft(draft_probs=b"123")), INVALID, "draft.draft_probs"),
+    # Frames that go on where the stream's last one ended: there is none, or its epoch is told.
+    (pb.GenerateRequest(draft=pb.Draft(token_ids=[1], draft_probs=[0.5])), INVALID, BASE),
+    (pb.GenerateRequest(draft=pb.Draft(epoch=1, token_ids=[1])), INVALID, BASE),
     (pb.GenerateRequest(), INVALID, "frame"),
 ]
 
