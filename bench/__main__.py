@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from bench import plan, report
@@ -57,10 +56,7 @@ def main() -> int:
         except CommandFailed as error:
             print(f"bench: {error}", file=sys.stderr)
             return 1
-    costs = {"machine": result.machine, "date": result.date, **asdict(result.costs)}
-    costs_path = arguments.output / f"{suite.name}-costs.json"
-    costs_path.write_text(json.dumps(costs, indent=1) + "\n")
-    print(f"{path}, {costs_path} and {report.write(result, arguments.output)} are written")
+    print(f"{path} and {report.write(result, arguments.output)} are written, the costs beside them")
     return status(result)
 
 

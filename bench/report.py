@@ -6,22 +6,27 @@ Every figure comes from the result; the paper's are data in paper.py and are mar
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from bench import paper, plots, tables
 from bench.prediction import predictors
-from bench.results import Result, load
+from bench.results import Result, load, model_costs
 from bench.scenarios import ABLATION_TEMPERATURE, SWEEP_RTT_MS, Condition
 from bench.tables import Cell, Column, Predictors, Setting
 
 
 def write(result: Result, folder: Path) -> Path:
-    """The report's file; its plots lie beside it."""
+    """The report's file; its plots and the costs lie beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plots.draw(result, folder)
     path = folder / f"{result.suite}.md"
-    predict = predictors(result) if result.costs.verify_ms else None
+    predict = None
+    if result.costs.verify_ms:
+        predict = predictors(result)
+        costs = json.dumps(model_costs(result), indent=1)
+        (folder / f"{result.suite}-costs.json").write_text(f"{costs}\n")
     path.write_text(render(result, pictures, predict))
     return path
 

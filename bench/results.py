@@ -172,6 +172,34 @@ def to_json(result: Result) -> dict[str, Any]:
     return data
 
 
+def model_costs(result: Result) -> dict[str, Any]:
+    """What was measured of the parts, as `picospec model --costs` reads it. A draft's acceptance is
+    that of the whole system, over all groups."""
+    costs = result.costs
+    drafts = {}
+    for draft, draft_ms in costs.draft_ms.items():
+        records = [
+            record
+            for _, each in result.find(lambda each: each.system is System.PICOSPEC)
+            if each.condition.draft == draft
+            for record in each.complete
+        ]
+        accepted = sum(record.accepted for record in records)
+        looked_at = accepted + sum(record.misses for record in records)
+        drafts[draft] = {
+            "draft_ms": draft_ms,
+            "recover_ms": costs.recover_ms.get(draft, {}).get("sparse", 0.0),
+            "alpha": accepted / looked_at if looked_at else 0.0,
+        }
+    return {
+        "machine": result.machine,
+        "date": result.date,
+        "plain_ms": costs.baseline_ms,
+        "verify_ms": dict(costs.alone_ms.points),
+        "drafts": drafts,
+    }
+
+
 def from_json(data: dict[str, Any]) -> Result:
     """The inverse of `to_json`; derived values are computed anew."""
     groups = [

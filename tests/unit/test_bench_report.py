@@ -12,6 +12,7 @@ import pytest
 from bench import report, results, tables
 from bench.results import ConditionResult, Costs, GroupResult, Record, Result
 from bench.scenarios import ABLATED, ADAPTIVE, Group, System, fixed, group
+from picospec_cli.__main__ import main
 
 RATES = {  # tokens/s on the first prompt; the second one is 10 % faster everywhere
     System.CLOUD_ONLY: 20.0,
@@ -203,6 +204,20 @@ def test_the_plots_are_written(result: Result, tmp_path: Path) -> None:
     for picture in pictures:
         assert (tmp_path / picture).stat().st_size > 5000
         assert (tmp_path / picture).with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def test_the_costs_are_what_the_model_command_reads(
+    result: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report.write(result, tmp_path)
+    path = tmp_path / "tiny-costs.json"
+    document = json.loads(path.read_text())
+    assert document["drafts"]["int8"]["alpha"] == 1.0  # nine accepted of each, no misses on record
+    assert document["verify_ms"] == {"0": 40.0, "4": 61.0}
+    assert document["plain_ms"] == 42.0
+    assert main(["model", "--costs", str(path), "--json"]) == 0
+    cases = json.loads(capsys.readouterr().out)["cases"]
+    assert len(cases) == 2
 
 
 def _rate(record: Record) -> float:
