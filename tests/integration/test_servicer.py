@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -155,15 +156,24 @@ async def test_an_edge_that_does_not_read_is_given_up() -> None:
         **{f: getattr(card, f) for f in card.__slots__} | {"max_model_len": 10**6}
     )
     narrow = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+    codes = []
     async with running_cloud(engine, channel_options=narrow, outbound_frames_max=8) as cloud:
-        stream = cloud.stream()
-        await stream.send(an_open(assist=AssistPolicy.ALWAYS, max_tokens=10**5))
-        await _until(
-            lambda: cloud.metric("picospec_cloud_sessions_total", outcome="slow_reader") == 1
-        )
-        await cloud.until_idle()
-        refusal = await stream.failure()
-        assert refusal.code == "RESOURCE_EXHAUSTED"
+        for number in range(1, 6):
+            stream = cloud.stream()
+            await stream.send(an_open(assist=AssistPolicy.ALWAYS, max_tokens=10**5))
+            await _until(
+                lambda wanted=number: (
+                    cloud.metric("picospec_cloud_sessions_total", outcome="slow_reader") == wanted
+                )
+            )
+            await cloud.until_idle()
+            # gRPC loses the status now and then behind a write that was cancelled half way: such
+            # an edge waits until it is tired. It must not be the rule.
+            with contextlib.suppress(TimeoutError):
+                codes.append((await stream.failure()).code)
+                break
+            stream.call.cancel()
+    assert codes == ["RESOURCE_EXHAUSTED"]
 
 
 # --- the engine fails, the client leaves ------------------------------------------------------
