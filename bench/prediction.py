@@ -41,22 +41,22 @@ Play = Callable[[model.Costs, model.Scheme, model.Link, Record], float]
 
 def predictors(result: Result) -> dict[str, Predict]:
     """Tokens a second of a condition, None for systems that are not modelled, by what goes in."""
-
     groups = {id(each): group for group in result.groups for each in group.conditions}
 
-    def predictor(play: Play) -> Predict:
-        return lambda each: predict(each, groups[id(each)], result.costs, play)
+    def predictor(play: Play, *, own_costs: bool) -> Predict:
+        return lambda each: predict(each, groups[id(each)], result.costs, play, own_costs)
 
     return {
-        "replay": predictor(replayed_with_own_costs),
-        "costs before": predictor(replayed),
-        "rate": predictor(by_chance),
+        "replay": predictor(replayed, own_costs=True),
+        "costs before": predictor(replayed, own_costs=False),
+        "rate": predictor(by_chance, own_costs=False),
     }
 
 
 def predict(
-    measured: ConditionResult, group: GroupResult, costs: Costs, play: Play
+    measured: ConditionResult, group: GroupResult, costs: Costs, play: Play, own_costs: bool
 ) -> float | None:
+    """`own_costs`: verification as it was in each generation, not as when the group began."""
     condition = measured.condition
     if condition.system not in PREDICTED or condition.draft is None:
         return None
@@ -78,28 +78,24 @@ def predict(
         **_sizes(measured),
     )
     slowness = group.slowness or {"alone": 1.0}
-    verify_ms = costs.alone_ms
     recoveries_ms = costs.recover_ms.get(condition.draft, {})
-    parts = model.Costs(
+    before = model.Costs(
         draft_ms=costs.draft_ms[condition.draft],
-        verify_ms=verify_ms.times(slowness["alone"]),
+        verify_ms=costs.alone_ms.times(slowness["alone"]),
         contention=max(1.0, slowness.get(condition.draft, 1.0) / slowness["alone"]),
         recover_ms=recoveries_ms.get("sparse" if speculation.split_rejection else "whole", 0.0),
     )
-    own = replace(parts, verify_ms=verify_ms, contention=1.0)
+
+    def costs_of(record: Record) -> model.Costs:
+        if not own_costs:
+            return replace(before, draft_ms=record.draft_ms)
+        verify_ms = costs.alone_ms.times(record.slowness)
+        return replace(before, draft_ms=record.draft_ms, verify_ms=verify_ms, contention=1.0)
+
     return statistics.median(
-        (len(record.token_ids) - 1)
-        / play(own if play is replayed_with_own_costs else parts, scheme, link, record)
+        (len(record.token_ids) - 1) / play(costs_of(record), scheme, link, record)
         for record in measured.complete
     )
-
-
-def replayed_with_own_costs(
-    costs: model.Costs, scheme: model.Scheme, link: model.Link, record: Record
-) -> float:
-    """Every draft comes out as it did, every step takes as much longer as they did on average."""
-    own = replace(costs, verify_ms=costs.verify_ms.times(record.slowness))
-    return replayed(own, scheme, link, record)
 
 
 def replayed(costs: model.Costs, scheme: model.Scheme, link: model.Link, record: Record) -> float:
@@ -110,12 +106,11 @@ def replayed(costs: model.Costs, scheme: model.Scheme, link: model.Link, record:
         cloud_prefill_ms=max(0.0, 1e3 * record.ttft_s - link.rtt_ms),
         edge_prefill_ms=max(0.0, 1e3 * record.first_draft_s - first_frame_ms),
     )
-    return replay_s(replace(costs, draft_ms=record.draft_ms), scheme, link, text)
+    return replay_s(costs, scheme, link, text)
 
 
 def by_chance(costs: model.Costs, scheme: model.Scheme, link: model.Link, record: Record) -> float:
     """Each draft is as likely to be right as the generation's were on average."""
-    costs = replace(costs, draft_ms=record.draft_ms)
     num_tokens = len(record.token_ids) - 1
     runs = (
         simulate(costs, scheme, link, record.acceptance, num_tokens, seed) for seed in range(RUNS)

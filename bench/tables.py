@@ -119,10 +119,15 @@ def control_shares(result: Result) -> str:
             ]
             row = cells.setdefault(f"{draft}, best on the other prompts", {})
             row[rtt_ms] = f"{spread(shares).median:.0%}"
+    return _rtt_table("", cells)
+
+
+def _rtt_table(corner: str, cells: Mapping[str, Mapping[float, str]]) -> str:
+    """A row for each name, a column for each RTT."""
     rtts_ms = sorted({rtt_ms for row in cells.values() for rtt_ms in row})
-    head = ["", *(f"RTT {rtt_ms:g} ms" for rtt_ms in rtts_ms)]
+    head = [corner, *(f"RTT {rtt_ms:g} ms" for rtt_ms in rtts_ms)]
     return table(
-        head, ([row, *(cells[row].get(rtt_ms, "") for rtt_ms in rtts_ms)] for row in cells)
+        head, ([name, *(row.get(rtt_ms, "") for rtt_ms in rtts_ms)] for name, row in cells.items())
     )
 
 
@@ -144,11 +149,7 @@ def _over_rtts(
         if wanted(each.condition):
             row = cells.setdefault(name(each.condition), {})
             row[each.condition.rtt_ms] = speedup_cell(group, each)
-    rtts_ms = sorted({rtt_ms for row in cells.values() for rtt_ms in row})
-    head = ["", *(f"RTT {rtt_ms:g} ms" for rtt_ms in rtts_ms)]
-    return table(
-        head, ([row, *(cells[row].get(rtt_ms, "") for rtt_ms in rtts_ms)] for row in cells)
-    )
+    return _rtt_table("", cells)
 
 
 def _greedy_unlimited(result: Result) -> Iterable[tuple[GroupResult, ConditionResult]]:
@@ -164,11 +165,7 @@ def first_tokens(result: Result) -> str:
             cells.setdefault(label(each.condition), {})[each.condition.rtt_ms] = (
                 f"{ttft.median:.0f}"
             )
-    rtts_ms = sorted({rtt_ms for row in cells.values() for rtt_ms in row})
-    head = ["TTFT, ms", *(f"RTT {rtt_ms:g} ms" for rtt_ms in rtts_ms)]
-    return table(
-        head, ([row, *(cells[row].get(rtt_ms, "") for rtt_ms in rtts_ms)] for row in cells)
-    )
+    return _rtt_table("TTFT, ms", cells)
 
 
 def draft_lengths(result: Result) -> str:

@@ -128,8 +128,7 @@ class World:
         seed: int,
         controller: Controller | None,
     ) -> None:
-        self.costs, self.scheme, self.link = costs, scheme, link
-        self.alpha = alpha
+        self.costs, self.scheme, self.link, self.alpha = costs, scheme, link, alpha
         self.controller = controller
         self.now_ms = 0.0
         self.rng = random.Random(seed)
@@ -146,14 +145,9 @@ class World:
         return self._events[0][0] if self._events else float("inf")
 
     @property
-    def text(self) -> Text | None:
-        """What is replayed; None where chance decides, without an end."""
-        return self.alpha if isinstance(self.alpha, Text) else None
-
-    @property
     def last_place(self) -> float:
-        """Of the text."""
-        return float("inf") if self.text is None else len(self.text.accepted) - 1
+        """Of the text that is replayed; chance goes on without an end."""
+        return len(self.alpha.accepted) - 1 if isinstance(self.alpha, Text) else float("inf")
 
     def accepts(self, place: int, run_base: int) -> bool:
         """Whether a draft will be accepted, if those from `run_base` on are; to be asked once."""
