@@ -109,16 +109,7 @@ async def _recover(
     length = len(prompt)
     events: asyncio.Queue[DraftEvent] = asyncio.Queue()
     context = drafting.open(
-        ContextSpec(
-            request_id=next(_names),
-            token_ids=prompt,
-            sampling=SamplingParams(temperature=SAMPLED, seed=1),
-            mode=VerificationMode.SPLIT,
-            stop_token_ids=(),
-            prompt_length=length,
-            max_length=length + RECOVERED + 1,
-            logits_width=logits_width,
-        ),
+        _context(prompt, RECOVERED + 1, logits_width, VerificationMode.SPLIT, SAMPLED),
         events.put_nowait,
     )
     times_ms = []
@@ -152,17 +143,7 @@ async def _drafting_on(
             context.rollback(next(branches), length)
 
     context = drafting.open(
-        ContextSpec(
-            request_id=next(_names),
-            token_ids=prompt,
-            sampling=SamplingParams(temperature=0.0),
-            mode=VerificationMode.COUPLED,
-            stop_token_ids=(),
-            prompt_length=length,
-            max_length=length + DRAFT_TOKENS,
-            logits_width=logits_width,
-        ),
-        on_event,
+        _context(prompt, DRAFT_TOKENS, logits_width, VerificationMode.COUPLED, 0.0), on_event
     )
     context.allow(length + DRAFT_TOKENS)
     try:
@@ -170,6 +151,25 @@ async def _drafting_on(
         yield
     finally:
         context.close()
+
+
+def _context(
+    prompt: TokenArray,
+    num_tokens: int,
+    logits_width: int,
+    mode: VerificationMode,
+    temperature: float,
+) -> ContextSpec:
+    return ContextSpec(
+        request_id=next(_names),
+        token_ids=prompt,
+        sampling=SamplingParams(temperature=temperature, seed=1),
+        mode=mode,
+        stop_token_ids=(),
+        prompt_length=len(prompt),
+        max_length=len(prompt) + num_tokens,
+        logits_width=logits_width,
+    )
 
 
 async def _timed(bed: Bed, condition: Condition, task: Task) -> float:
