@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from picospec import PROTOCOL_VERSION, codec
-from picospec.messages import (
+from picospec import PROTOCOL_VERSION
+from picospec.protocol import codec
+from picospec.protocol.messages import (
     CloudFrame,
     Draft,
     EdgeFrame,

@@ -32,8 +32,8 @@ from edge_agent.drafting.process import DraftingProcess
 from edge_agent.link import CloudLink
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import CloudUnavailable
-from picospec.messages import ModelCard
-from picospec.performance import VerifyCost
+from picospec.performance.costs import VerifyCost
+from picospec.protocol.messages import ModelCard
 from picospec_cli.model_folder import model_home
 from picospec_cli.processes import Daemon, stop
 

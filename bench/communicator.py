@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from cloud_server.engine.torch_sampling import TargetDistribution
-from picospec import codec
-from picospec.messages import Rejection, Verdict
+from picospec.protocol import codec
+from picospec.protocol.messages import Rejection, Verdict
 from picospec.v1 import speculation_pb2 as pb
 
 LOGITS_WIDTH = 49152

@@ -23,7 +23,7 @@ from bench.scenarios import Condition, System
 from bench.systems import Task, generate
 from edge_agent.drafting.messages import ContextSpec, Drafted, DraftEvent, Recovered
 from edge_agent.drafting.process import DraftingProcess
-from picospec.messages import (
+from picospec.protocol.messages import (
     EMPTY_TOKENS,
     AssistPolicy,
     Draft,

@@ -25,7 +25,7 @@ from edge_agent.generation import GenerationRequest
 from edge_agent.observer import NullObserver
 from edge_agent.pipeline import SpeculativeGenerator
 from edge_agent.server import control_of, policy_of
-from picospec.messages import SamplingParams
+from picospec.protocol.messages import SamplingParams
 
 RTTS_MS = (20.0, 200.0, 20.0)
 STAY_S = 6.0  # with each

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edge_agent.link import Link, Stream
-from picospec import codec
-from picospec.messages import CloudFrame, Draft, EdgeFrame, Verdict
+from picospec.protocol import codec
+from picospec.protocol.messages import CloudFrame, Draft, EdgeFrame, Verdict
 
 
 @dataclass

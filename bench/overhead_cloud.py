@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.machine import cloud_core, pinned
 from edge_agent.link import CloudLink
-from picospec.messages import (
+from picospec.protocol.messages import (
     EMPTY_TOKENS,
     AssistPolicy,
     Draft,

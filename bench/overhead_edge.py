@@ -14,14 +14,13 @@ import numpy as np
 from bench.accepting_link import AcceptingLink
 from bench.machine import edge_core, pinned
 from bench.overhead_cloud import PROMPT
-from bench.wan import Link as WanLink
-from bench.wan import WanRelay
+from bench.wan import LineConditions, WanRelay
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.generation import GenerationRequest, Generator
 from edge_agent.link import CloudLink, Link
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
-from picospec.messages import ModelCard, SamplingParams, VerificationMode
+from picospec.protocol.messages import ModelCard, SamplingParams, VerificationMode
 from picospec_cli.model_folder import model_home
 
 SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
@@ -116,7 +115,7 @@ async def measure_bytes(address: str, num_tokens: int) -> list[Result]:
     host, port = address.rsplit(":", 1)
     folder = model_home() / "draft-int4"
     drafting = DraftingProcess(DrafterSpec("onnx", str(folder), threads=1, cpu=edge_core()), 2)
-    async with WanRelay(host, int(port), WanLink(), WanLink()) as relay:
+    async with WanRelay(host, int(port), LineConditions(), LineConditions()) as relay:
         link = CloudLink(f"127.0.0.1:{relay.port}")
         try:
             await drafting.start()

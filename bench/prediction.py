@@ -20,9 +20,9 @@ from bench.results import ConditionResult, Costs, GroupResult, Record, Result
 from bench.scenarios import System
 from bench.systems import configured
 from bench.tables import Predict
-from picospec import performance as model
-from picospec.messages import VerificationMode
-from picospec.performance_simulation import replay_s, simulate
+from picospec.performance import costs as model
+from picospec.performance.simulation import replay_s, simulate
+from picospec.protocol.messages import VerificationMode
 
 RUNS = 40  # of chance, for each measured generation
 # Decoding without drafts is no matter of this model (performance.cloud_only).
@@ -36,7 +36,7 @@ PREDICTED = frozenset(
     }
 )
 # Seconds of one generation, from its first token to its last.
-Play = Callable[[model.Costs, model.Scheme, model.Link, Record], float]
+Play = Callable[[model.Costs, model.Scheme, model.Network, Record], float]
 
 
 def predictors(result: Result) -> dict[str, Predict]:
@@ -72,7 +72,7 @@ def predict(
         mode=speculation.mode,
         kept_rows=split and speculation.fast_verify,
     )
-    link = model.Link(
+    link = model.Network(
         rtt_ms=measured.round_trip_ms,
         bandwidth_bps=None if condition.kbit_s is None else condition.kbit_s * 1e3,
         **_sizes(measured),
@@ -98,7 +98,9 @@ def predict(
     )
 
 
-def replayed(costs: model.Costs, scheme: model.Scheme, link: model.Link, record: Record) -> float:
+def replayed(
+    costs: model.Costs, scheme: model.Scheme, link: model.Network, record: Record
+) -> float:
     """Every draft comes out as it did."""
     first_frame_ms = scheme.frame_length * record.draft_ms
     text = model.Text(
@@ -109,7 +111,9 @@ def replayed(costs: model.Costs, scheme: model.Scheme, link: model.Link, record:
     return replay_s(costs, scheme, link, text)
 
 
-def by_chance(costs: model.Costs, scheme: model.Scheme, link: model.Link, record: Record) -> float:
+def by_chance(
+    costs: model.Costs, scheme: model.Scheme, link: model.Network, record: Record
+) -> float:
     """Each draft is as likely to be right as the generation's were on average."""
     num_tokens = len(record.token_ids) - 1
     runs = (

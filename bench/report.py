@@ -114,7 +114,7 @@ def _sections(result: Result, predict: Predictors | None) -> Iterator[tuple[str,
     if predict is not None:
         yield (
             "Predicted and measured",
-            "The event simulation (`picospec/performance_simulation.py`). *Replay*: fed by each "
+            "The event simulation (`picospec/performance/simulation.py`). *Replay*: fed by each "
             "generation's own times of drafting, verifying and prefilling, and the outcome of its "
             "drafts, one by one. *Costs before*: the same, but verification as it was measured "
             "when the group began. *Rate*: as that, but chance decides, at the generation's rate "

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.scenarios import Condition, System
 from bench.spreads import Spread, spread
-from picospec.performance import VerifyCost
+from picospec.performance.costs import VerifyCost
 
 
 @dataclass(frozen=True, slots=True)

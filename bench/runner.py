@@ -24,7 +24,7 @@ from bench.scenarios import Condition, Group, Suite, System
 from bench.spreads import first_difference
 from bench.systems import Task, configured, generate, prompt_tokens
 from picospec.errors import ConfigError
-from picospec.messages import TokenArray
+from picospec.protocol.messages import TokenArray
 
 SEED = 20260319
 SLOWNESS_CYCLES = 3

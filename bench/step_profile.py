@@ -29,8 +29,8 @@ from bench.stock_server import EQUAL_SETTINGS
 from edge_agent.drafting import drafter
 from edge_agent.drafting.messages import ContextSpec, DrafterSpec
 from edge_agent.drafting.worker import DraftWorker
-from picospec import sampling as edge_sampling
-from picospec.messages import SamplingParams, VerificationMode
+from picospec.protocol.messages import SamplingParams, VerificationMode
+from picospec.sampling import distribution as edge_sampling
 from picospec_cli.model_folder import model_home
 
 DRAFTS = 4

@@ -25,7 +25,7 @@ from edge_agent.drafting.messages import ContextFailed, ContextSpec, Drafted, Dr
 from edge_agent.generation import GenerationRequest
 from edge_agent.pipeline import SpeculativeGenerator
 from edge_agent.server import control_of, policy_of
-from picospec.messages import (
+from picospec.protocol.messages import (
     EMPTY_TOKENS,
     AssistPolicy,
     Open,

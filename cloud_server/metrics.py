@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from cloud_server.config import MetricsConfig
 from cloud_server.engine.interface import EngineStats
-from picospec.messages import ModelCard, Opened, Verdict
+from picospec.protocol.messages import ModelCard, Opened, Verdict
 
 # Seconds. Milliseconds matter at the low end, a queue under load at the high end.
 LATENCY_BUCKETS_S = (

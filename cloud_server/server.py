@@ -20,11 +20,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cloud_server.auth import interceptor
+from cloud_server.calls import SessionTable
 from cloud_server.config import CloudConfig, ServerConfig
 from cloud_server.engine.interface import VerificationEngine
 from cloud_server.metrics import CloudMetrics, MetricsServer
 from cloud_server.servicer import SpeculationServicer
-from cloud_server.sessions import SessionTable
 from cloud_server.status import STATUS_TIMEOUT_S
 from picospec.errors import CloudUnavailable, ConfigError
 from picospec.v1 import speculation_pb2, speculation_pb2_grpc

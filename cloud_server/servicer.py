@@ -20,12 +20,10 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from cloud_server.calls import Session, SessionTable
 from cloud_server.engine.interface import VerificationEngine
 from cloud_server.metrics import CloudMetrics
-from cloud_server.sessions import Session, SessionTable
 from cloud_server.status import Context, abort
-from picospec import codec
-from picospec.cloud_session import CloudSession
 from picospec.errors import (
     CapacityError,
     CloudUnavailable,
@@ -34,7 +32,9 @@ from picospec.errors import (
     RemoteProtocolError,
 )
 from picospec.logs import request_id
-from picospec.messages import Draft, Finish, ModelCard, Open, Opened, Verdict
+from picospec.protocol import codec
+from picospec.protocol.cloud_session import CloudSession
+from picospec.protocol.messages import Draft, Finish, ModelCard, Open, Opened, Verdict
 from picospec.v1 import speculation_pb2 as pb
 from picospec.v1 import speculation_pb2_grpc
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from picospec.config import read_arguments, setting
 from picospec.errors import ConfigError
-from picospec.messages import AssistPolicy, VerificationMode
+from picospec.protocol.messages import AssistPolicy, VerificationMode
 
 ENV_PREFIX = "PICOSPEC_EDGE_"
 PROGRAM = "picospec-edge"

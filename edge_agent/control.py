@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edge_agent.estimates import LiveEstimates
-from picospec.performance import Costs, Link, Scheme, predicted_goodput
+from picospec.performance.costs import Costs, Network, Scheme
+from picospec.performance.prediction import predicted_goodput
 
 DRAFT_LENGTH_MAX = 8
 WINDOW_MAX = 64
@@ -190,14 +191,14 @@ class AdaptiveLength:
         return self._plan
 
 
-def window_needed(draft_length: int, costs: Costs, link: Link, alpha: float) -> int:
+def window_needed(draft_length: int, costs: Costs, link: Network, alpha: float) -> int:
     """Tokens in flight that keep drafter and engine busy until a verdict is back.
 
     The slower of the two, 60 ms for four tokens, sets the pace: (10 + 60 + 50) / 15 = 8 tokens go
     out before the first verdict is back; half as many for slack, and a round more.
 
-    >>> from picospec.performance import VerifyCost
-    >>> window_needed(4, Costs(10.0, VerifyCost(((4, 60.0),))), Link(rtt_ms=50.0), alpha=1.0)
+    >>> from picospec.performance.costs import VerifyCost
+    >>> window_needed(4, Costs(10.0, VerifyCost(((4, 60.0),))), Network(rtt_ms=50.0), alpha=1.0)
     16
     """
     step_ms = costs.step_ms(draft_length)

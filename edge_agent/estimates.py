@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from picospec.performance import Costs, Link, VerifyCost
+from picospec.performance.costs import Costs, Network, VerifyCost
 
 TIME_CONSTANT_S = 1.5  # of speeds and round trips
 ACCEPTANCE_TIME_CONSTANT_S = 10.0  # it hangs on the text, and is noisy
@@ -180,8 +180,8 @@ class LiveEstimates:
             step_overhead_ms=self._contention.total / (1.0 + self._contention.weight),
         )
 
-    def link(self) -> Link:
-        return Link(rtt_ms=self._round_trip.mean())
+    def link(self) -> Network:
+        return Network(rtt_ms=self._round_trip.mean())
 
     def acceptance(self) -> tuple[float, ...]:
         """By place in the chain."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from picospec.errors import PicoSpecError
-from picospec.messages import FinishReason, SamplingParams, TokenArray
+from picospec.protocol.messages import FinishReason, SamplingParams, TokenArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -28,7 +28,6 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
 
-from picospec import codec, validation
 from picospec.errors import (
     CapacityError,
     CloudUnavailable,
@@ -37,7 +36,8 @@ from picospec.errors import (
     RemoteOrderError,
     RemoteProtocolError,
 )
-from picospec.messages import CloudFrame, Draft, EdgeFrame, ModelCard
+from picospec.protocol import codec, validation
+from picospec.protocol.messages import CloudFrame, Draft, EdgeFrame, ModelCard
 
 MAX_PENDING_FRAMES = 1024
 _UNDROPPABLE = -1  # stands for the epoch of a frame that must go out

@@ -15,7 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from picospec.messages import Verdict
+from picospec.protocol.messages import Verdict
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

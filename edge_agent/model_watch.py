@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from picospec.errors import CloudUnavailable, ModelMismatch, PicoSpecError
-from picospec.messages import ModelCard
+from picospec.protocol.messages import ModelCard
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from picospec.messages import Verdict
+from picospec.protocol.messages import Verdict
 
 
 class PipelineObserver(Protocol):

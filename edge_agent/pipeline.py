@@ -33,11 +33,9 @@ from edge_agent.generation import GenerationChunk, GenerationRequest, Generation
 from edge_agent.link import Link, Stream
 from edge_agent.observer import NullObserver, PipelineObserver
 from picospec.errors import CapacityError, CloudUnavailable, LocalProtocolError, PicoSpecError
-from picospec.messages import CloudFrame, FinishReason, ModelCard, Open, Opened, Verdict
-from picospec.session import (
+from picospec.protocol.edge_machine import (
     Allow,
     Commit,
-    EdgeSession,
     Effect,
     Finished,
     Recover,
@@ -45,6 +43,8 @@ from picospec.session import (
     Send,
     SpeculationPolicy,
 )
+from picospec.protocol.edge_session import EdgeSession
+from picospec.protocol.messages import CloudFrame, FinishReason, ModelCard, Open, Opened, Verdict
 
 __all__ = ["SpeculationPolicy", "SpeculativeGeneration", "SpeculativeGenerator"]
 

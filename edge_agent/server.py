@@ -38,8 +38,8 @@ from edge_agent.model_watch import ModelWatch
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import ConfigError, ModelMismatch
-from picospec.messages import ModelCard, VerificationMode
-from picospec.performance import Scheme
+from picospec.performance.costs import Scheme
+from picospec.protocol.messages import ModelCard, VerificationMode
 
 logger = logging.getLogger(__name__)
 

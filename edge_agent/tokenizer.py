@@ -19,8 +19,8 @@ import tokenizers
 from edge_agent.chat_template import ChatTemplate
 from edge_agent.detokenizer import Detokenizer
 from picospec.errors import ConfigError, ModelMismatch, RequestError
-from picospec.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
-from picospec.messages import ModelCard, TokenArray
+from picospec.protocol.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
+from picospec.protocol.messages import ModelCard, TokenArray
 
 # Below, encoding takes less time than handing it to a thread and back is worth (about 1 ms).
 _INLINE_CHARACTERS = 1024

@@ -20,21 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from picospec.errors import ConfigError
-from picospec.messages import VerificationMode
-from picospec.performance import (
+from picospec.performance.costs import (
     Acceptance,
     Costs,
-    Link,
+    Network,
     Scheme,
-    break_even_rtt_ms,
-    cloud_only,
+    check_acceptance,
     costs_from_json,
     dense_rejection_bytes,
+)
+from picospec.performance.prediction import (
+    DRAFT_LENGTH_MAX,
+    RTT_MS_MAX,
+    break_even_rtt_ms,
+    cloud_only,
     predicted_goodput,
 )
-from picospec.performance_costs import check_acceptance
-from picospec.performance_prediction import DRAFT_LENGTH_MAX, RTT_MS_MAX
-from picospec.performance_simulation import simulate
+from picospec.performance.simulation import simulate
+from picospec.protocol.messages import VerificationMode
 
 RTTS_MS = (0.0, 10.0, 20.0, 50.0, 100.0, 200.0)
 SEED = 1
@@ -126,7 +129,9 @@ def cases(document: dict[str, Any]) -> Iterator[Case]:
             yield Case(name, costs, alpha)
 
 
-def report(case: Case, scheme: Scheme, link: Link, arguments: argparse.Namespace) -> dict[str, Any]:
+def report(
+    case: Case, scheme: Scheme, link: Network, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Goodput by RTT and draft length; `break_even_rtt_ms` is null where speculation is slower at
     any RTT, and RTT_MS_MAX where it is not slower up to that."""
     baseline = cloud_only(case.costs)
@@ -182,7 +187,7 @@ def text(case: dict[str, Any]) -> str:
 
 
 def _goodput(
-    case: Case, scheme: Scheme, length: int, link: Link, arguments: argparse.Namespace
+    case: Case, scheme: Scheme, length: int, link: Network, arguments: argparse.Namespace
 ) -> float:
     scheme = dataclasses.replace(scheme, draft_length=length)
     if arguments.simulate is None:
@@ -191,9 +196,9 @@ def _goodput(
     return simulate(case.costs, scheme, link, case.alpha, num_tokens, SEED).tokens_per_s
 
 
-def _link(arguments: argparse.Namespace) -> Link:
+def _link(arguments: argparse.Namespace) -> Network:
     bandwidth = arguments.bandwidth_mbps
-    link = Link(bandwidth_bps=None if bandwidth is None else bandwidth * 1e6)
+    link = Network(bandwidth_bps=None if bandwidth is None else bandwidth * 1e6)
     if arguments.dense_width is None:
         return link
     return dataclasses.replace(link, rejection_bytes=dense_rejection_bytes(arguments.dense_width))

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.wan.link import Link
+from bench.wan.line import LineConditions
 from bench.wan.relay import WanRelay
 
 NUMBER = (int, float)
@@ -43,10 +43,10 @@ class Conditions:
     jitter_ms: float = 0.0
     kbit_s: float | None = None
 
-    def link(self) -> Link:
+    def link(self) -> LineConditions:
         """Raises ValueError."""
         bandwidth_bps = None if self.kbit_s is None else self.kbit_s * 1e3
-        return Link.symmetric(self.rtt_ms / 1e3, self.jitter_ms / 1e3, bandwidth_bps)
+        return LineConditions.symmetric(self.rtt_ms / 1e3, self.jitter_ms / 1e3, bandwidth_bps)
 
 
 def _parse(line: str) -> dict[str, Any]:

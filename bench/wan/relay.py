@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from bench.wan.alarm import Alarm
 from bench.wan.connection import Connection, Direction, Parcel, Signal
-from bench.wan.link import Line, Link
+from bench.wan.line import Line, LineConditions
 
 HOST = "127.0.0.1"
 SEGMENT_BYTES = 1448  # a TCP segment over Ethernet: what a slow line delivers at a time
@@ -39,7 +39,14 @@ class WanRelay:
     """
 
     def __init__(
-        self, host: str, port: int, up: Link, down: Link, seed: int = 0, *, listen_port: int = 0
+        self,
+        host: str,
+        port: int,
+        up: LineConditions,
+        down: LineConditions,
+        seed: int = 0,
+        *,
+        listen_port: int = 0,
     ) -> None:
         self._target = (host, port)
         self._lines: dict[Direction, Line[Parcel]] = {
@@ -79,7 +86,7 @@ class WanRelay:
     def num_connections(self) -> int:
         return len(self._connections)
 
-    def set(self, *, up: Link | None = None, down: Link | None = None) -> None:
+    def set(self, *, up: LineConditions | None = None, down: LineConditions | None = None) -> None:
         """Other conditions from now on, for what waits at the sender too; None: as before."""
         now_s = time.monotonic()
         for direction, link in ((Direction.UP, up), (Direction.DOWN, down)):
@@ -221,7 +228,7 @@ class WanRelay:
         self._alarm.set(min((time_s for time_s in times_s if time_s is not None), default=None))
 
 
-def _segments(data: bytes, link: Link) -> Iterator[bytes]:
+def _segments(data: bytes, link: LineConditions) -> Iterator[bytes]:
     """What of `data` arrives together: on a line of limited bandwidth, segment by segment."""
     size = len(data) if link.bandwidth_bps is None else SEGMENT_BYTES
     for start in range(0, len(data), size):

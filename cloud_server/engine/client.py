@@ -24,7 +24,7 @@ from cloud_server.engine.envelope import Delivery, unwrap, wrap
 from cloud_server.engine.interface import EngineSink, EngineStats
 from cloud_server.engine.model import build_vllm_config, model_card
 from picospec.errors import CloudUnavailable, ConfigError, PicoSpecError
-from picospec.messages import Draft, ModelCard, Open, Verdict
+from picospec.protocol.messages import Draft, ModelCard, Open, Verdict
 
 log = logging.getLogger(__name__)
 

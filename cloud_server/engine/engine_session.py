@@ -19,8 +19,8 @@ import torch
 from vllm.v1.request import Request, RequestStatus
 
 from cloud_server.engine.verification import StepKind, StepResult, VerificationLaw, verify
-from picospec.draft_queue import DraftQueue, Work
-from picospec.messages import EMPTY_TOKENS, Open, VerificationMode
+from picospec.protocol.draft_queue import DraftQueue, Work
+from picospec.protocol.messages import EMPTY_TOKENS, Open, VerificationMode
 
 
 @dataclass(slots=True, eq=False)

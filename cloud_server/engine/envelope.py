@@ -24,7 +24,7 @@ from cloud_server.engine.interface import EngineEvent, EngineStats
 from cloud_server.engine.step_padding import Padding
 from cloud_server.engine.verification import StepKind, StepResult
 from picospec.errors import NumericalError
-from picospec.messages import Draft, Open
+from picospec.protocol.messages import Draft, Open
 
 _KEY = "picospec"
 MIN_STEP_TOKENS = "picospec_min_step_tokens"  # in vLLM's additional_config

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from picospec.errors import PicoSpecError
-from picospec.messages import Draft, ModelCard, Open, Opened, Verdict
+from picospec.protocol.messages import Draft, ModelCard, Open, Opened, Verdict
 
 EngineEvent = Opened | Verdict | PicoSpecError  # an error ends the session
 EngineSink = Callable[[EngineEvent], None]  # called on the event loop; must not block

@@ -17,8 +17,8 @@ from cloud_server.config import EngineConfig
 from cloud_server.engine.envelope import MIN_STEP_TOKENS
 from picospec import PROTOCOL_VERSION
 from picospec.errors import ConfigError
-from picospec.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
-from picospec.messages import Limits, ModelCard, VerificationMode
+from picospec.protocol.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
+from picospec.protocol.messages import Limits, ModelCard, VerificationMode
 
 # What the hooks need; a configuration that says otherwise is refused, not overruled.
 _REQUIRED: dict[str, Any] = {
@@ -73,7 +73,7 @@ def build_vllm_config(config: EngineConfig) -> VllmConfig:
                 },
                 "speculative_config": {
                     "method": "custom_class",
-                    "model": "cloud_server.engine.proposer.NullProposer",
+                    "model": "cloud_server.engine.null_speculator.NullProposer",
                     "num_speculative_tokens": config.max_draft_tokens,
                 },
             }

@@ -41,9 +41,9 @@ from cloud_server.engine.envelope import (
 from cloud_server.engine.interface import EngineEvent, EngineStats
 from cloud_server.engine.step_padding import Padding
 from cloud_server.engine.verification import StepKind, StepResult, VerificationLaw
-from picospec.draft_queue import DraftQueue
 from picospec.errors import NumericalError
-from picospec.messages import AssistPolicy, FinishReason, Open, Opened, Rejection, Verdict
+from picospec.protocol.draft_queue import DraftQueue
+from picospec.protocol.messages import AssistPolicy, FinishReason, Open, Opened, Rejection, Verdict
 
 _FINISH_REASONS = {
     VLLMFinishReason.STOP: FinishReason.STOP,

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cloud_server.engine.interface import EngineSink, EngineStats
-from picospec.draft_queue import DraftQueue, Work
 from picospec.errors import CloudUnavailable, PicoSpecError
-from picospec.messages import (
+from picospec.protocol.draft_queue import DraftQueue, Work
+from picospec.protocol.messages import (
     AssistPolicy,
     Draft,
     FinishReason,

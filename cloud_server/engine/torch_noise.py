@@ -1,6 +1,6 @@
-"""picospec/noise.py on a torch device: the same bits, by the same operations.
+"""picospec/sampling/noise.py on a torch device: the same bits, by the same operations.
 
-On the CPU a tensor's memory is numpy's too, so `race` hands it to picospec.noise. On any other
+On the CPU a tensor's memory is numpy's too, so `race` hands it to numpy's version. On any other
 device the noise is computed in place here, without moving the distribution. torch has little
 arithmetic for unsigned words: words are int32, whose wrapping sums and products are the same
 bits, and shifts are masked to be logical. Eager kernels run one operation each, so nothing is
@@ -13,8 +13,8 @@ from functools import lru_cache
 
 import torch
 
-from picospec import noise
-from picospec.noise import HASH_MULTIPLIERS, HASH_SHIFTS, LN2, LOG_COEFFICIENTS, Purpose
+from picospec.sampling import noise
+from picospec.sampling.noise import HASH_MULTIPLIERS, HASH_SHIFTS, LN2, LOG_COEFFICIENTS, Purpose
 
 
 def _signed(word: int) -> int:

@@ -1,6 +1,6 @@
-"""picospec/sampling.py's processed distribution of torch logits, on whatever device they are.
+"""The processed distribution (picospec/sampling/distribution.py) of torch logits on any device.
 
-On the CPU a tensor's memory is numpy's too, so `process` is sampling.process itself (whose
+On the CPU a tensor's memory is numpy's too, so `process` is distribution.process itself (whose
 sort and partition are also several times faster). On other devices the same rules are applied
 here, in the same order, ties at a filter's border included; only rounding may differ.
 """
@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from cloud_server.engine import torch_noise
-from picospec import sampling
 from picospec.errors import NumericalError
-from picospec.messages import Rejection, SamplingParams
-from picospec.noise import Purpose
-from picospec.sampling import GREEDY_TEMPERATURE, penalties_at
+from picospec.protocol.messages import Rejection, SamplingParams
+from picospec.sampling import distribution
+from picospec.sampling.distribution import GREEDY_TEMPERATURE, penalties_at
+from picospec.sampling.noise import Purpose
 
 REJECTION_TAIL_MASS_MAX = 1e-3  # what a Rejection may leave out of S, `sparse_k` allowing
 REJECTION_TAIL_MASS_MIN = 1e-12  # far below the rounding of P on S; less is no tail
@@ -27,7 +27,7 @@ REJECTION_TAIL_MASS_MIN = 1e-12  # far below the rounding of P on S; less is no 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetDistribution:
-    """P at one position, like `sampling.Distribution`: dense where `token_ids` is None."""
+    """P at one position, like `distribution.Distribution`: dense where `token_ids` is None."""
 
     token_ids: torch.Tensor | None  # integers [n], ascending
     probs: torch.Tensor  # float32 [n]
@@ -84,13 +84,13 @@ def process(
     prompt_token_ids: NDArray[np.integer],
     output_token_ids: NDArray[np.integer],
 ) -> TargetDistribution:
-    """`sampling.process` for one row of logits [vocab_size], which stays as it is.
+    """`distribution.process` for one row of logits [vocab_size], which stays as it is.
 
     Raises NumericalError where the logits define no law.
     """
     if logits.device.type != "cpu":
         return process_on_device(logits, params, prompt_token_ids, output_token_ids)
-    law = sampling.process(logits.float().numpy(), params, prompt_token_ids, output_token_ids)
+    law = distribution.process(logits.float().numpy(), params, prompt_token_ids, output_token_ids)
     token_ids = None if law.token_ids is None else torch.from_numpy(law.token_ids)
     return TargetDistribution(token_ids, torch.from_numpy(law.probs))
 

@@ -28,9 +28,16 @@ from cloud_server.engine.torch_sampling import (
     penalised,
     process,
 )
-from picospec.messages import EMPTY_TOKENS, Open, Rejection, SamplingParams, VerificationMode
-from picospec.noise import Purpose, uniform
-from picospec.sampling import GREEDY_TEMPERATURE, accept
+from picospec.protocol.messages import (
+    EMPTY_TOKENS,
+    Open,
+    Rejection,
+    SamplingParams,
+    VerificationMode,
+)
+from picospec.sampling.distribution import GREEDY_TEMPERATURE
+from picospec.sampling.noise import Purpose, uniform
+from picospec.sampling.rejection import accept
 
 
 class StepKind(enum.Enum):

@@ -32,7 +32,7 @@ from cloud_server.engine.envelope import (
 from cloud_server.engine.step_padding import Padding
 from cloud_server.engine.verification import VerificationLaw, verify
 from picospec.errors import NumericalError
-from picospec.messages import EMPTY_TOKENS, Open, TokenArray
+from picospec.protocol.messages import EMPTY_TOKENS, Open, TokenArray
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_agent.generation import GenerationStats
-from picospec.messages import FinishReason
+from picospec.protocol.messages import FinishReason
 
 Json = dict[str, Any]
 

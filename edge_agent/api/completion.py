@@ -26,7 +26,7 @@ from edge_agent.detokenizer import StopScanner
 from edge_agent.metrics import EdgeMetrics
 from picospec.errors import DeadlineExceeded, PicoSpecError
 from picospec.logs import request_id as current_request_id
-from picospec.messages import FinishReason, ModelCard
+from picospec.protocol.messages import FinishReason, ModelCard
 
 logger = logging.getLogger(__name__)
 

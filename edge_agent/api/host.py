@@ -9,7 +9,7 @@ from edge_agent.generation import Generator
 from edge_agent.metrics import DrafterState
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import PicoSpecError
-from picospec.messages import ModelCard
+from picospec.protocol.messages import ModelCard
 
 
 @dataclass(frozen=True, slots=True)

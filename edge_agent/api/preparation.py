@@ -13,7 +13,7 @@ from edge_agent.api.schema import ChatBody, CompletionBody, TextBody
 from edge_agent.generation import GenerationRequest
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import RequestError, UnknownModel
-from picospec.messages import ModelCard, SamplingParams, TokenArray
+from picospec.protocol.messages import ModelCard, SamplingParams, TokenArray
 
 
 async def prepare(

@@ -11,7 +11,7 @@ from edge_agent.api.answers import Answer, Json, encode, usage
 from edge_agent.api.errors import failure_of
 from edge_agent.api.text import TextChunk, TextGeneration
 from picospec.errors import PicoSpecError
-from picospec.messages import FinishReason
+from picospec.protocol.messages import FinishReason
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

@@ -10,7 +10,7 @@ from edge_agent.detokenizer import Detokenizer, StopScanner
 from edge_agent.generation import Generation, GenerationStats
 from edge_agent.metrics import EdgeMetrics
 from picospec.errors import DrafterFailed
-from picospec.messages import FinishReason
+from picospec.protocol.messages import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

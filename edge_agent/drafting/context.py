@@ -28,7 +28,7 @@ from edge_agent.drafting.messages import (
     Recovered,
     Rollback,
 )
-from picospec.messages import Rejection
+from picospec.protocol.messages import Rejection
 
 OnEvent = Callable[[DraftEvent], None]  # called on the event loop; must not block
 Send = Callable[[int, Command], None]  # context id, command; must not block

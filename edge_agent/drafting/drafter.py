@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from edge_agent.drafting.kv_cache import SpeculativeKVCache
 from edge_agent.drafting.messages import ContextSpec, DrafterSpec
-from picospec import sampling
 from picospec.errors import DrafterFailed
-from picospec.messages import TokenArray
-from picospec.sampling import Distribution
+from picospec.protocol.messages import TokenArray
+from picospec.sampling.distribution import Distribution, process
 
 LogitsArray = NDArray[np.float32]  # [logits_width]
 
@@ -173,7 +172,7 @@ class ModelContext:
         logits = fit(self._forward(self._runtime_with_room()), self._spec.logits_width)
         self._logits = logits
         token_ids, prompt_length = self._cache.token_ids, self._spec.prompt_length
-        return sampling.process(
+        return process(
             logits, self._spec.sampling, token_ids[:prompt_length], token_ids[prompt_length:]
         )
 

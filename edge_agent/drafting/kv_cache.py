@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from picospec.messages import TokenArray
+from picospec.protocol.messages import TokenArray
 
 
 class SpeculativeTokens:

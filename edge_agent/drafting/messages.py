@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from picospec.errors import DrafterFailed
-from picospec.messages import Rejection, SamplingParams, TokenArray, VerificationMode
+from picospec.protocol.messages import Rejection, SamplingParams, TokenArray, VerificationMode
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ import numpy as np
 
 from edge_agent.drafting.kv_cache import SpeculativeTokens
 from edge_agent.drafting.messages import ContextSpec, DrafterSpec
-from picospec.messages import TokenArray
-from picospec.sampling import Distribution
+from picospec.protocol.messages import TokenArray
+from picospec.sampling.distribution import Distribution
 
 # A single equal token says next to nothing; verifying a bad draft costs the cloud more.
 MATCH_MIN, MATCH_MAX = 2, 4  # tokens

@@ -20,7 +20,7 @@ import onnxruntime_genai as genai
 from edge_agent.drafting.drafter import LogitsArray, ModelContext
 from edge_agent.drafting.messages import ContextSpec, DrafterSpec
 from picospec.errors import DrafterFailed
-from picospec.messages import TokenArray
+from picospec.protocol.messages import TokenArray
 
 CONFIG_FILE = "genai_config.json"
 

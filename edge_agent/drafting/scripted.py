@@ -28,10 +28,9 @@ from edge_agent.drafting.messages import (
 )
 from edge_agent.drafting.ngram import certain
 from edge_agent.drafting.worker import DraftWorker
-from picospec import sampling
 from picospec.errors import CapacityError
-from picospec.messages import TokenArray
-from picospec.sampling import Distribution
+from picospec.protocol.messages import TokenArray
+from picospec.sampling.distribution import Distribution, process
 
 # Of the text: a token to propose, logits to sample from, or None for nothing.
 Script = Callable[[TokenArray], "int | LogitsArray | None"]
@@ -59,7 +58,7 @@ class ScriptedContext(SpeculativeTokens):
             return certain(proposed)
         prompt_length = self._spec.prompt_length
         prompt, output = self.token_ids[:prompt_length], self.token_ids[prompt_length:]
-        return sampling.process(proposed, self._spec.sampling, prompt, output)
+        return process(proposed, self._spec.sampling, prompt, output)
 
     def confidence(self) -> float:
         proposed = self._script(self.token_ids)

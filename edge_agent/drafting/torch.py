@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from edge_agent.drafting.drafter import LogitsArray, ModelContext
 from edge_agent.drafting.messages import ContextSpec, DrafterSpec
 from picospec.errors import DrafterFailed
-from picospec.messages import TokenArray
+from picospec.protocol.messages import TokenArray
 
 
 class TorchRuntime:

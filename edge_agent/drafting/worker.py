@@ -38,12 +38,11 @@ from edge_agent.drafting.messages import (
     Recovered,
     Rollback,
 )
-from edge_agent.rejection import RejectionSampler
-from picospec import sampling
+from edge_agent.drafting.rejection import RejectionSampler
 from picospec.errors import DrafterFailed
-from picospec.messages import VerificationMode
-from picospec.noise import Purpose
-from picospec.sampling import Distribution
+from picospec.protocol.messages import VerificationMode
+from picospec.sampling.distribution import Distribution, draw
+from picospec.sampling.noise import Purpose
 
 # Laws kept for one context; a wide one has a megabyte. At least the usual window.
 MAX_LAWS = 64
@@ -164,9 +163,9 @@ class DraftWorker:
             return
         probs: tuple[float, ...] = ()
         if context.spec.mode is VerificationMode.COUPLED:
-            token_id = sampling.draw(law, seed, position, Purpose.COUPLED)
+            token_id = draw(law, seed, position, Purpose.COUPLED)
         else:
-            token_id = sampling.draw(law, seed, position, Purpose.DRAFT)
+            token_id = draw(law, seed, position, Purpose.DRAFT)
             # Float32 sums may leave a certain token's probability a rounding above 1.
             probs = (min(1.0, law.prob(token_id)),)
         threshold = context.spec.confidence_stop

@@ -21,7 +21,7 @@ from edge_agent.drafting.messages import ContextSpec, Drafted, DrafterSpec, Open
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.drafting.worker import DraftWorker
 from picospec.errors import DrafterFailed
-from picospec.messages import SamplingParams, VerificationMode
+from picospec.protocol.messages import SamplingParams, VerificationMode
 from picospec_cli.model_folder import model_home
 
 ROOT = Path(__file__).parents[2]

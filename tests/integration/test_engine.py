@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cloud_server.engine.client import VLLMEngine
-from picospec.messages import (
+from picospec.protocol.messages import (
     Draft,
     FinishReason,
     Open,
@@ -21,7 +21,7 @@ from picospec.messages import (
     Verdict,
     VerificationMode,
 )
-from picospec.sampling import Distribution
+from picospec.sampling.distribution import Distribution
 from tests.integration.conftest import TINY_KV_BLOCKS, TINY_MAX_MODEL_LEN
 from tests.support.direct_edge import DraftLaw, Outcome, generate
 from tests.support.reference import Reference

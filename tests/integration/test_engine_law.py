@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from cloud_server.engine.client import VLLMEngine
-from picospec.messages import SamplingParams, VerificationMode
-from picospec.sampling import Distribution
+from picospec.protocol.messages import SamplingParams, VerificationMode
+from picospec.sampling.distribution import Distribution
 from tests.support.direct_edge import generate
 from tests.support.reference import Reference
 from tests.support.tiny import VOCAB_SIZE

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from edge_agent.link import MAX_PENDING_FRAMES, CloudLink
-from picospec import codec
 from picospec.errors import (
     CapacityError,
     CloudUnavailable,
@@ -22,7 +21,8 @@ from picospec.errors import (
     RemoteOrderError,
     RemoteProtocolError,
 )
-from picospec.messages import (
+from picospec.protocol import codec
+from picospec.protocol.messages import (
     EMPTY_TOKENS,
     Draft,
     Finish,

@@ -27,8 +27,8 @@ from edge_agent.generation import GenerationRequest
 from edge_agent.link import CloudLink
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
-from picospec.messages import ModelCard, SamplingParams, VerificationMode
-from picospec.performance import Scheme
+from picospec.performance.costs import Scheme
+from picospec.protocol.messages import ModelCard, SamplingParams, VerificationMode
 from tests.support.machine import edge_core, model_folder
 from tests.support.stock import generate_greedily
 

@@ -12,9 +12,9 @@ import grpc
 import pytest
 
 from cloud_server.engine.scripted import ScriptedEngine, toy_target
-from picospec import codec
 from picospec.errors import CapacityError, PicoSpecError
-from picospec.messages import (
+from picospec.protocol import codec
+from picospec.protocol.messages import (
     AssistPolicy,
     Draft,
     Finish,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cloud_server.engine.scripted import ScriptedEngine
-from picospec import codec
-from picospec.messages import AssistPolicy, Draft, SamplingParams, VerificationMode
+from picospec.protocol import codec
+from picospec.protocol.messages import AssistPolicy, Draft, SamplingParams, VerificationMode
 from picospec.v1 import speculation_pb2 as pb
 from tests.support.cloud import Cloud, RawStream, an_open, running_cloud
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from picospec.messages import AssistPolicy, SamplingParams, VerificationMode
-from picospec.session import SpeculationPolicy
+from picospec.protocol.edge_machine import SpeculationPolicy
+from picospec.protocol.messages import AssistPolicy, SamplingParams, VerificationMode
 from tests.sim.toy import Language, context_of, decode, random_prompt
 from tests.sim.world import Faults, Scenario, Times, World
 

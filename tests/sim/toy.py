@@ -8,12 +8,13 @@ from functools import cache
 
 import numpy as np
 
-from edge_agent.rejection import RejectionSampler
-from picospec import sampling
-from picospec.messages import EMPTY_TOKENS, Rejection, SamplingParams, VerificationMode
-from picospec.noise import Purpose, race, uniform
-from picospec.sampling import Distribution
-from picospec.session import Allow, Recover, Rollback, Work
+from edge_agent.drafting.rejection import RejectionSampler
+from picospec.protocol.draft_queue import Work
+from picospec.protocol.edge_machine import Allow, Recover, Rollback
+from picospec.protocol.messages import EMPTY_TOKENS, Rejection, SamplingParams, VerificationMode
+from picospec.sampling.distribution import Distribution, draw, process
+from picospec.sampling.noise import Purpose, race, uniform
+from picospec.sampling.rejection import accept
 
 NUM_CONTEXT = 2  # tokens a law depends on
 
@@ -40,7 +41,7 @@ class Language:
 
     def _target(self, context: tuple[int, ...]) -> Distribution:
         logits = self._logits(0, context)
-        return sampling.process(logits, self.params, EMPTY_TOKENS, EMPTY_TOKENS)
+        return process(logits, self.params, EMPTY_TOKENS, EMPTY_TOKENS)
 
     def draft_logits(self, context: tuple[int, ...]) -> np.ndarray | None:
         """The drafter's, None where it has nothing to propose."""
@@ -55,7 +56,7 @@ class Language:
         logits = self.draft_logits(context)
         if logits is None:
             return None
-        return sampling.process(logits, self.params, EMPTY_TOKENS, EMPTY_TOKENS)
+        return process(logits, self.params, EMPTY_TOKENS, EMPTY_TOKENS)
 
 
 def context_of(token_ids: Sequence[int]) -> tuple[int, ...]:
@@ -69,7 +70,7 @@ def decode(
     text = list(prompt)
     while len(text) < len(prompt) + max_tokens:
         law = language.target(context_of(text))
-        text.append(sampling.draw(law, seed, len(text), Purpose.COUPLED))
+        text.append(draw(law, seed, len(text), Purpose.COUPLED))
         if text[-1] in stop:
             break
     return text[len(prompt) :]
@@ -143,7 +144,7 @@ class ToyDrafter:
             self._exhausted = True
             return [("exhausted", self._branch, position, (), ())]
         purpose = Purpose.DRAFT if self._split else Purpose.COUPLED
-        token_id = sampling.draw(law, self._seed, position, purpose)
+        token_id = draw(law, self._seed, position, purpose)
         self._text.append(token_id)
         probs = (law.prob(token_id),) if self._split else ()
         events: list[Event] = [("drafted", self._branch, position, (token_id,), probs)]
@@ -196,18 +197,18 @@ def judge(
     for index, token_id in enumerate(work.token_ids):
         law = language.target(context_of(text))
         if mode is VerificationMode.COUPLED:
-            drawn = sampling.draw(law, seed, len(text), Purpose.COUPLED)
+            drawn = draw(law, seed, len(text), Purpose.COUPLED)
             if drawn != token_id:
                 return index, (drawn,), None
         else:
             u = uniform(seed, len(text), Purpose.ACCEPT)
-            if not sampling.accept(u, law.prob(token_id), work.draft_probs[index]):
+            if not accept(u, law.prob(token_id), work.draft_probs[index]):
                 return index, (), rejection_at(language, text, seed, k, 0)
         text.append(token_id)
     num_accepted = len(work.token_ids)
     if mode is VerificationMode.COUPLED:
         law = language.target(context_of(text))
-        return num_accepted, (sampling.draw(law, seed, len(text), Purpose.COUPLED),), None
+        return num_accepted, (draw(law, seed, len(text), Purpose.COUPLED),), None
     if work.probe:
         return 0, (), rejection_at(language, text, seed, k, work.probe - 1)
     return num_accepted, (), None
@@ -215,7 +216,7 @@ def judge(
 
 def first_token(language: Language, text: Sequence[int], seed: int, mode: VerificationMode) -> int:
     purpose = Purpose.COUPLED if mode is VerificationMode.COUPLED else Purpose.FIRST
-    return sampling.draw(language.target(context_of(text)), seed, len(text), purpose)
+    return draw(language.target(context_of(text)), seed, len(text), purpose)
 
 
 def random_prompt(rng: random.Random, vocab_size: int) -> list[int]:

@@ -15,8 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from picospec import codec
-from picospec.messages import (
+from picospec.protocol import codec
+from picospec.protocol.cloud_session import CloudSession
+from picospec.protocol.draft_queue import DraftQueue
+from picospec.protocol.edge_machine import (
+    Allow,
+    Commit,
+    Effect,
+    Finished,
+    Recover,
+    Rollback,
+    Send,
+    SpeculationPolicy,
+)
+from picospec.protocol.edge_session import EdgeSession
+from picospec.protocol.messages import (
     AssistPolicy,
     CloudFrame,
     Draft,
@@ -29,19 +42,6 @@ from picospec.messages import (
     Opened,
     Verdict,
     VerificationMode,
-)
-from picospec.session import (
-    Allow,
-    CloudSession,
-    Commit,
-    DraftQueue,
-    EdgeSession,
-    Effect,
-    Finished,
-    Recover,
-    Rollback,
-    Send,
-    SpeculationPolicy,
 )
 from tests.sim.toy import Language, ToyDrafter, first_token, judge, rejection_at
 

@@ -15,8 +15,8 @@ from google.rpc import error_details_pb2, status_pb2
 from cloud_server.config import CloudConfig, MetricsConfig, ServerConfig
 from cloud_server.engine.scripted import ScriptedEngine, Target
 from cloud_server.server import CloudServer
-from picospec import codec
-from picospec.messages import (
+from picospec.protocol import codec
+from picospec.protocol.messages import (
     CloudFrame,
     Draft,
     EdgeFrame,

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cloud_server.engine.interface import EngineEvent, VerificationEngine
-from edge_agent.rejection import RejectionSampler
+from edge_agent.drafting.rejection import RejectionSampler
 from picospec.errors import PicoSpecError
-from picospec.messages import (
+from picospec.protocol.messages import (
     EMPTY_TOKENS,
     Draft,
     FinishReason,
@@ -28,8 +28,8 @@ from picospec.messages import (
     Verdict,
     VerificationMode,
 )
-from picospec.noise import Purpose
-from picospec.sampling import Distribution, draw
+from picospec.sampling.distribution import Distribution, draw
+from picospec.sampling.noise import Purpose
 
 DraftLaw = Callable[[Sequence[int]], Distribution | None]  # context -> Q, None: no proposal
 

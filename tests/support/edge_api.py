@@ -15,7 +15,7 @@ from edge_agent.api.host import ScriptedHost
 from edge_agent.api.routes import create_app
 from edge_agent.generation import ScriptedGenerator
 from edge_agent.metrics import EdgeMetrics
-from picospec.messages import Limits, ModelCard, VerificationMode
+from picospec.protocol.messages import Limits, ModelCard, VerificationMode
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from picospec.messages import SamplingParams
-from picospec.noise import Purpose
-from picospec.sampling import Distribution, draw, process
+from picospec.protocol.messages import SamplingParams
+from picospec.sampling.distribution import Distribution, draw, process
+from picospec.sampling.noise import Purpose
 
 
 class Reference:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
-from bench.wan import Link, WanRelay
+from bench.wan import LineConditions, WanRelay
 
 HOST = "127.0.0.1"
 CALL_TIMEOUT_S = 10.0
@@ -21,7 +21,7 @@ class Relay:
     """
 
     def __init__(self, target_port: int) -> None:
-        self._relay = WanRelay(HOST, target_port, Link(), Link())
+        self._relay = WanRelay(HOST, target_port, LineConditions(), LineConditions())
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
 

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from bench.wan import Link, WanRelay
+from bench.wan import LineConditions, WanRelay
 
 HOST = "127.0.0.1"
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -33,7 +33,7 @@ async def serving(handler: Handler) -> AsyncIterator[int]:
 
 
 @contextlib.asynccontextmanager
-async def relayed(link: Link, handler: Handler = echo) -> AsyncIterator[WanRelay]:
+async def relayed(link: LineConditions, handler: Handler = echo) -> AsyncIterator[WanRelay]:
     async with serving(handler) as port, WanRelay(HOST, port, link, link, seed=1) as relay:
         yield relay
 

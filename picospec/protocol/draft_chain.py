@@ -1,0 +1,172 @@
+"""The edge's drafts that wait for their verdict, and what of them went out on the stream.
+
+The counterpart of `DraftQueue`. A `DraftChain` knows tokens, positions and epochs; what is due
+and what a verdict means for it is the session's to say.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from picospec.protocol.messages import Draft, Verdict
+
+
+class DraftChain:
+    """Unjudged drafts from `position`, the first uncommitted position, on.
+
+    >>> chain = DraftChain(position=5, split=False, draft_length=2, fast_verify=True)
+    >>> chain.extend((7, 8, 9), ())
+    >>> [frame.token_ids for frame in chain.frames(2, round_is_over=False, now=0.0)]
+    [(7, 8), (9,)]
+    >>> chain.in_flight, chain.end
+    (3, 8)
+    >>> chain.commit(num_kept=1, num_own=1)  # 7 was accepted, then came another token than 8
+    >>> chain.branch_off(judged_end=7)  # 9 was sent in vain
+    1
+    >>> chain.position, chain.end, chain.epoch
+    (7, 7, 1)
+    """
+
+    def __init__(self, position: int, *, split: bool, draft_length: int, fast_verify: bool) -> None:
+        """`draft_length`: drafts a round, or, with `fast_verify`, most that one forward judges."""
+        self.position = position
+        self._split = split
+        self._draft_length = draft_length
+        self._fast_verify = fast_verify
+        self._drafts: list[tuple[int, float]] = []  # (token id, q)
+        self.new_stream()
+
+    def new_stream(self) -> None:
+        """Nothing was sent on the stream that comes."""
+        self.epoch = 0
+        self._epoch_used = False  # whether a frame of it was sent
+        self._head: int | None = None  # recovered, at position - 1, not sent yet
+        self._sent_end = 0
+        self._sent_at: deque[tuple[int, float]] = deque()  # (end position, time) of each frame
+        self._limit_untold = self._fast_verify  # the cloud does not know draft_length yet
+
+    @property
+    def draft_length(self) -> int:
+        return self._draft_length
+
+    @draft_length.setter
+    def draft_length(self, draft_length: int) -> None:
+        self._limit_untold |= self._fast_verify and draft_length != self._draft_length
+        self._draft_length = draft_length
+
+    def __len__(self) -> int:
+        return len(self._drafts)
+
+    @property
+    def end(self) -> int:
+        """The position after the last draft: the drafter's next."""
+        return self.position + len(self._drafts)
+
+    @property
+    def in_flight(self) -> int:
+        """Drafts that were sent."""
+        return max(0, self._sent_end - self.position)
+
+    @property
+    def unsent(self) -> int:
+        """Drafts that were not sent."""
+        return self.end - max(self._sent_end, self.position)
+
+    def extend(self, token_ids: Sequence[int], probs: Sequence[float]) -> None:
+        """`probs` has the q of each in split mode. Raises ValueError if it has not."""
+        # Rounding may leave a certain token a little above 1.
+        kept = [min(prob, 1.0) for prob in probs] if self._split else [1.0] * len(token_ids)
+        self._drafts += zip(token_ids, kept, strict=True)
+
+    def agrees(self, num_accepted: int, own: Sequence[int]) -> int:
+        """How many drafts are confirmed by a verdict: the accepted, and those that follow them
+        and are equal to the cloud's own tokens."""
+        num_kept = num_accepted
+        for (token_id, _), committed in zip(self._drafts[num_accepted:], own, strict=False):
+            if token_id != committed:
+                break
+            num_kept += 1
+        return num_kept
+
+    def first(self, num_tokens: int) -> tuple[int, ...]:
+        """Token ids of the first drafts."""
+        return tuple(token_id for token_id, _ in self._drafts[:num_tokens])
+
+    def commit(self, num_kept: int, num_own: int) -> None:
+        """The first `num_kept` drafts are committed, then `num_own` tokens that are not drafts."""
+        del self._drafts[:num_kept]
+        self.position += num_kept + num_own
+
+    def branch_off(self, judged_end: int) -> int:
+        """Give up all drafts. Returns how many had been sent from `judged_end` on, in vain."""
+        num_stale = max(0, self._sent_end - judged_end)
+        if self._epoch_used:
+            self.epoch, self._epoch_used = self.epoch + 1, False
+        self._drafts.clear()
+        self._head = None
+        self._sent_end = 0
+        self._sent_at.clear()
+        return num_stale
+
+    def recovered(self, token_id: int) -> None:
+        """The token just committed, to go out as the forced head of a new epoch."""
+        self._head = token_id
+
+    def frames(self, size_max: int, *, round_is_over: bool, now: float) -> list[Draft]:
+        """What is due: all there is, in frames of at most `size_max` drafts; with whole rounds
+        only full ones, unless the round is over."""
+        frames = []
+        if self._head is not None and self._fast_verify:
+            frames.append(self._frame(0, size_max, now))
+        while self.unsent:
+            size = min(self.unsent, size_max)
+            if not self._fast_verify:
+                size = min(size, self._draft_length)
+                if size < min(self._draft_length, size_max) and not round_is_over:
+                    break
+            frames.append(self._frame(size, size_max, now))
+        if self._head is not None and round_is_over:
+            frames.append(self._frame(0, size_max, now))
+        return frames
+
+    def _frame(self, num_drafts: int, size_max: int, now: float) -> Draft:
+        """The next unsent drafts, after the head if it is still to go."""
+        step_limit = min(self._draft_length, size_max) if self._limit_untold else 0
+        self._limit_untold = False
+        base = max(self._sent_end, self.position)
+        drafts = self._drafts[base - self.position :][:num_drafts]
+        head = () if self._head is None else (self._head,)
+        self._head = None
+        self._epoch_used = True
+        self._sent_end = base + num_drafts
+        self._sent_at.append((self._sent_end, now))
+        return Draft(
+            self.epoch,
+            base - len(head),
+            head + tuple(token_id for token_id, _ in drafts),
+            tuple(prob for _, prob in drafts) if self._split else (),
+            num_forced=len(head),
+            end_of_round=not self._fast_verify,
+            step_limit=step_limit,
+        )
+
+    def probe(self, number: int) -> Draft:
+        """A probe of `position`."""
+        self._epoch_used = True
+        return Draft(self.epoch, self.position, probe=number)
+
+    def round_trip(self, verdict: Verdict, now: float) -> float | None:
+        """Seconds on the network, both ways, of the newest draft judged; None if none was.
+
+        To be asked before the verdict is committed.
+        """
+        judged_end = verdict.position + verdict.num_draft_tokens
+        if verdict.epoch != self.epoch or not verdict.num_draft_tokens:
+            return None
+        while self._sent_at and self._sent_at[0][0] < judged_end:
+            self._sent_at.popleft()
+        if not self._sent_at:
+            return None
+        spent_s = (verdict.queue_us + verdict.compute_us) * 1e-6
+        return max(0.0, now - self._sent_at[0][1] - spent_s)

@@ -1,0 +1,166 @@
+"""What the edge's session knows how to do: its policy, its effects, its transitions. Pure data.
+
+`edge_session.EdgeSession` moves by these tables; what is not in them is illegal.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from picospec.protocol.messages import (
+    AssistPolicy,
+    EdgeFrame,
+    FinishReason,
+    Rejection,
+    VerificationMode,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationPolicy:
+    """How an edge speculates; the cloud's limits cap it."""
+
+    mode: VerificationMode = VerificationMode.SPLIT
+    draft_length: int = 4  # tokens a round
+    window: int = 32  # most unverified tokens
+    parallel_draft: bool = True  # off: draft a round, wait for its verdict (vanilla)
+    fast_verify: bool = True  # off: whole rounds travel and are verified as one
+    round_timeout_s: float = 0.0  # whole rounds: longest wait for one to fill; 0 = no limit
+    confidence_stop: float = 0.0  # the drafter pauses below this confidence; 0 = never
+    split_rejection: bool = True  # split: off sends all of P with a rejection
+    exact: bool = True  # split: off truncates P to its Top-K
+    sparse_k: int = 64  # split: most pairs in a rejection
+    assist: AssistPolicy = AssistPolicy.NEVER  # coupled only
+    resume_attempts: int = 5  # in a row without a token in between
+    resume_timeout_s: float = 30.0  # from the loss of the link to the end of all attempts
+
+
+# Effects: what the caller must do, in order.
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send `frame`. An Open goes out on a new stream."""
+
+    frame: EdgeFrame
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """These tokens are final; show them to the user."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """The drafter truncates to `length`, appends the committed `token_ids`, goes on as `branch`."""
+
+    branch: int
+    length: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recover:
+    """The drafter draws the recovered token of `position`, then goes on as `branch`.
+
+    `attempt` is the number of the tail sample offered; `judged` says whether a draft was
+    rejected there (otherwise Q = 0).
+    """
+
+    branch: int
+    position: int
+    rejection: Rejection
+    attempt: int
+    judged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Allow:
+    """The drafter may draft for positions below `limit`; one that has paused goes on."""
+
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The generation is complete."""
+
+    reason: FinishReason
+
+
+Effect = Send | Commit | Rollback | Recover | Allow | Finished
+
+
+class EdgeState(enum.Enum):
+    NEW = "new"
+    DRAFTING = "drafting"
+    RECOVERING = "recovering"  # the drafter draws the recovered token
+    PROBING = "probing"  # the cloud draws a fresh tail sample for it
+    # The same without a stream, and a fourth: to be opened once the drafter has drawn.
+    OFFLINE = "offline"
+    OFFLINE_RECOVERING = "offline, recovering"
+    OFFLINE_PROBING = "offline, probing"
+    REOPENING = "reopening"
+    FINISHED = "finished"
+
+
+class EdgeEvent(enum.Enum):
+    START = "start"
+    DRAFTED = "drafted"
+    EXHAUSTED = "exhausted"
+    PAUSED = "paused"
+    RECOVERED = "recovered"
+    PROBE_NEEDED = "probe needed"
+    OPENED = "opened"
+    VERDICT = "verdict"
+    REJECTION = "verdict with a rejection"
+    FINISH = "the last token"
+    LINK_LOST = "link lost"
+    RESUME = "resume"
+    CANCEL = "cancel"
+
+
+FROM_CLOUD = frozenset({EdgeEvent.OPENED, EdgeEvent.VERDICT, EdgeEvent.REJECTION, EdgeEvent.FINISH})
+ONLINE = frozenset({EdgeState.DRAFTING, EdgeState.RECOVERING, EdgeState.PROBING})
+
+_S, _E = EdgeState, EdgeEvent
+TRANSITIONS: dict[tuple[EdgeState, EdgeEvent], EdgeState] = {
+    (_S.NEW, _E.START): _S.DRAFTING,
+    (_S.DRAFTING, _E.DRAFTED): _S.DRAFTING,
+    (_S.DRAFTING, _E.EXHAUSTED): _S.DRAFTING,
+    (_S.DRAFTING, _E.PAUSED): _S.DRAFTING,
+    (_S.DRAFTING, _E.OPENED): _S.DRAFTING,
+    (_S.DRAFTING, _E.VERDICT): _S.DRAFTING,
+    (_S.DRAFTING, _E.REJECTION): _S.RECOVERING,
+    (_S.DRAFTING, _E.FINISH): _S.FINISHED,
+    (_S.DRAFTING, _E.LINK_LOST): _S.OFFLINE,
+    (_S.RECOVERING, _E.RECOVERED): _S.DRAFTING,
+    (_S.RECOVERING, _E.PROBE_NEEDED): _S.PROBING,
+    (_S.RECOVERING, _E.FINISH): _S.FINISHED,
+    (_S.RECOVERING, _E.LINK_LOST): _S.OFFLINE_RECOVERING,
+    (_S.PROBING, _E.OPENED): _S.PROBING,
+    (_S.PROBING, _E.REJECTION): _S.RECOVERING,
+    (_S.PROBING, _E.FINISH): _S.FINISHED,
+    (_S.PROBING, _E.LINK_LOST): _S.OFFLINE_PROBING,
+    (_S.OFFLINE, _E.DRAFTED): _S.OFFLINE,
+    (_S.OFFLINE, _E.EXHAUSTED): _S.OFFLINE,
+    (_S.OFFLINE, _E.PAUSED): _S.OFFLINE,
+    (_S.OFFLINE, _E.FINISH): _S.FINISHED,
+    (_S.OFFLINE, _E.LINK_LOST): _S.OFFLINE,
+    (_S.OFFLINE, _E.RESUME): _S.DRAFTING,
+    (_S.OFFLINE_RECOVERING, _E.RECOVERED): _S.OFFLINE,
+    (_S.OFFLINE_RECOVERING, _E.PROBE_NEEDED): _S.OFFLINE_PROBING,
+    (_S.OFFLINE_RECOVERING, _E.LINK_LOST): _S.OFFLINE_RECOVERING,
+    (_S.OFFLINE_RECOVERING, _E.RESUME): _S.REOPENING,
+    (_S.OFFLINE_PROBING, _E.LINK_LOST): _S.OFFLINE_PROBING,
+    (_S.OFFLINE_PROBING, _E.RESUME): _S.PROBING,
+    (_S.REOPENING, _E.RECOVERED): _S.DRAFTING,
+    (_S.REOPENING, _E.PROBE_NEEDED): _S.PROBING,
+    (_S.REOPENING, _E.LINK_LOST): _S.OFFLINE_RECOVERING,
+    **{(state, _E.CANCEL): _S.FINISHED for state in EdgeState},
+    # The cloud and the drafter may speak on while they are told.
+    **{(_S.FINISHED, event): _S.FINISHED for event in EdgeEvent},
+}

@@ -1,0 +1,1 @@
+"""What both daemons must compute alike, to the bit: distributions, noise, rejection."""

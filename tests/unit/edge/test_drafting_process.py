@@ -1,0 +1,477 @@
+"""The real worker process, with drafters that need no model: life, death and rebuilding."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.drafting import process
+from edge_agent.drafting.ipc import WorkerChannel, encode
+from edge_agent.drafting.messages import (
+    ContextFailed,
+    ContextSpec,
+    Drafted,
+    DrafterSpec,
+    Exhausted,
+    ProbeNeeded,
+    Recovered,
+)
+from edge_agent.drafting.process import DraftingProcess
+from edge_agent.drafting.scripted import SCRIPT_FILE, ScriptedDrafting, pseudo_model
+from edge_agent.drafting.worker import DraftWorker
+from picospec.errors import CapacityError, DrafterFailed
+from picospec.protocol.messages import Rejection, SamplingParams, VerificationMode
+
+WIDTH, MODEL_SEED = 32, 3
+WINDOW = 6
+NUM_TOKENS = 60
+
+
+@pytest.fixture
+def script_spec(tmp_path):
+    def write(token_s: float = 0.0) -> DrafterSpec:
+        description = {"logits_width": WIDTH, "seed": MODEL_SEED, "token_s": token_s}
+        (tmp_path / SCRIPT_FILE).write_text(json.dumps(description))
+        return DrafterSpec("scripted", str(tmp_path))
+
+    return write
+
+
+@contextlib.asynccontextmanager
+async def running(spec, **options):
+    drafting = DraftingProcess(spec, **options)
+    await drafting.start()
+    try:
+        yield drafting
+    finally:
+        await drafting.stop()
+
+
+async def until(condition, timeout_s=10.0):
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 -- what is awaited has no event
+            await asyncio.sleep(0.002)
+
+
+def context_spec(mode=VerificationMode.SPLIT, seed=5, temperature=1.0) -> ContextSpec:
+    params = SamplingParams(temperature=temperature, seed=seed)
+    return ContextSpec(f"r{seed}", np.array([1, 2, 3], np.int32), params, mode, (), 3)
+
+
+class Chat:
+    """A generation whose verdicts are a function of the position, so that a run can be repeated.
+
+    Positions divisible by 4 are rejected: in split mode the token is recovered from a sparse law
+    with a fat tail (so probes happen), in coupled mode replaced.
+    """
+
+    def __init__(self, drafting, spec: ContextSpec) -> None:
+        self.spec = spec
+        self.text = spec.token_ids.tolist()  # committed
+        self.drafts: list[tuple[int, tuple[float, ...]]] = []
+        self.probs: list[float] = []  # of accepted drafts
+        self.branch = 0
+        self.probes = 0
+        self.failed: ContextFailed | None = None
+        self.done = asyncio.Event()
+        self.context = drafting.open(spec, self.on_event)
+        self.context.allow(len(self.text) + WINDOW)
+
+    def on_event(self, event) -> None:
+        if isinstance(event, ContextFailed):
+            self.failed = event
+            self.done.set()
+            return
+        assert event.branch == self.branch
+        if isinstance(event, Drafted):
+            assert event.position == len(self.text) + len(self.drafts)
+            self.drafts.append((event.token_ids[0], event.probs))
+            if len(self.drafts) == WINDOW:  # judge a whole window at once
+                self.judge()
+        elif isinstance(event, ProbeNeeded):
+            self.probes += 1
+            self.recover(event.attempt)
+        elif isinstance(event, Recovered):
+            assert event.position == len(self.text)
+            self.commit(event.token_id)
+            self.context.allow(len(self.text) + WINDOW)
+        if len(self.text) >= NUM_TOKENS:
+            self.context.close()
+            self.done.set()
+
+    def judge(self) -> None:
+        for token_id, probs in self.drafts:
+            if len(self.text) % 4 == 0:
+                self.branch += 1
+                self.drafts = []
+                if self.spec.mode is VerificationMode.COUPLED:
+                    self.context.rollback(self.branch, len(self.text), (7,))
+                    self.commit(7)
+                else:
+                    self.recover(0, rollback=False)
+                    return
+                break
+            self.probs += probs
+            self.commit(token_id)
+        else:
+            self.drafts = []
+        self.context.allow(len(self.text) + WINDOW)
+
+    def recover(self, attempt: int, rollback: bool = True) -> None:
+        self.branch += rollback
+        position = len(self.text)
+        # Tail samples the drafter itself favours, so that some are refused.
+        logits = pseudo_model(WIDTH, MODEL_SEED)(np.array(self.text))
+        tail_token = int(np.argsort(-logits)[attempt % 3])
+        rejection = Rejection(
+            np.array([30, 31], np.int32), np.array([0.1, 0.1], np.float32), 0.8, tail_token, 0.2
+        )
+        self.context.recover(self.branch, position, rejection, attempt, judged=True)
+
+    def commit(self, token_id: int) -> None:
+        self.text.append(token_id)
+
+
+SPECS = [
+    context_spec(mode, seed, temperature)
+    for mode in VerificationMode
+    for seed, temperature in [(1, 1.0), (2, 0.7), (3, 0.0)]
+]
+
+
+async def undisturbed() -> list[Chat]:
+    drafting = ScriptedDrafting(pseudo_model(WIDTH, MODEL_SEED), WIDTH)
+    await drafting.start()
+    chats = [Chat(drafting, spec) for spec in SPECS]
+    async with asyncio.timeout(30):
+        for chat in chats:
+            await chat.done.wait()
+    await drafting.stop()
+    assert drafting.open_contexts == 0
+    return chats
+
+
+def same(chats: list[Chat], expected: list[Chat]) -> None:
+    assert [chat.text for chat in chats] == [chat.text for chat in expected]
+    assert [chat.probs for chat in chats] == [chat.probs for chat in expected]
+
+
+class CrashingDrafting(ScriptedDrafting):
+    """Loses its worker, and what that had emitted, at random moments."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(pseudo_model(WIDTH, MODEL_SEED), WIDTH)
+        self._random = random.Random(seed)
+        self._life = 0
+
+    def _emit(self, context_id, event) -> None:
+        life = self._life
+        asyncio.get_running_loop().call_soon(
+            lambda: self._life == life and self._deliver(context_id, event)
+        )
+
+    def _schedule(self) -> None:
+        if self._random.random() < 0.05:
+            self._life += 1
+            self._worker = DraftWorker(self.drafter, self._emit)
+            for context_id, context in self._contexts.items():
+                for command in context.rebuild():
+                    self._worker.handle(context_id, command)
+        super()._schedule()
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_rebuilt_contexts_go_on_where_the_events_left_off(seed):
+    expected, drafting = await undisturbed(), CrashingDrafting(seed)
+    chats = [Chat(drafting, spec) for spec in SPECS]
+    for chat in chats:
+        await asyncio.wait_for(chat.done.wait(), 30)
+    same(chats, expected)
+    assert drafting._life > 20
+
+
+async def test_process_and_double_draft_the_same(script_spec):
+    expected = await undisturbed()
+    assert sum(chat.probes for chat in expected) > 3
+    async with running(script_spec()) as drafting:
+        assert drafting.logits_width == WIDTH
+        chats = [Chat(drafting, spec) for spec in SPECS]
+        for chat in chats:
+            await asyncio.wait_for(chat.done.wait(), 30)
+        same(chats, expected)
+        assert drafting.open_contexts == 0
+        assert drafting.drafted_tokens > 0
+        assert drafting.drafting_s > 0
+
+
+async def test_killed_worker_loses_no_chat(script_spec, monkeypatch):
+    monkeypatch.setattr(process, "RESTARTS_MAX", 50)
+    monkeypatch.setattr(process, "BACKOFF_FIRST_S", 0.0)
+    expected = await undisturbed()
+    async with running(script_spec(token_s=0.001)) as drafting:
+        chats = [Chat(drafting, spec) for spec in SPECS]
+        for delay_s in (0.03, 0.11, 0.07, 0.05, 0.0):
+            await until(lambda: drafting.alive)
+            await asyncio.sleep(delay_s)
+            os.kill(drafting.pid, signal.SIGKILL)
+            await until(lambda: not drafting.alive)
+        assert not all(chat.done.is_set() for chat in chats)
+        for chat in chats:
+            await asyncio.wait_for(chat.done.wait(), 30)
+        same(chats, expected)
+        assert drafting.restarts == 5
+
+
+async def test_worker_killed_while_a_probe_is_out(script_spec):
+    async with running(script_spec()) as drafting:
+        events = []
+        context = drafting.open(context_spec(), events.append)
+        context.allow(5)
+        await until(lambda: len(events) == 2)
+        certain_tail = Rejection(
+            np.array([3], np.int32), np.zeros(1, np.float32), 1.0, events[0].token_ids[0], 1e-9
+        )
+        context.recover(1, 3, certain_tail, 0, judged=True)
+        await until(lambda: len(events) == 3)
+        assert events[2] == ProbeNeeded(1, 3, 1)
+        os.kill(drafting.pid, signal.SIGKILL)
+        await until(lambda: drafting.restarts == 1)
+        await asyncio.sleep(0.05)
+        assert len(events) == 3  # waits for the probe's answer as before
+        context.recover(2, 3, certain_tail, 1, judged=True)
+        await until(lambda: len(events) > 3)
+        assert events[3] == ProbeNeeded(2, 3, 2)
+
+
+async def test_too_many_deaths_fail_the_chats_then_it_is_tried_again(script_spec, monkeypatch):
+    monkeypatch.setattr(process, "RESTARTS_MAX", 1)
+    monkeypatch.setattr(process, "RESTART_WINDOW_S", 1000.0)
+    monkeypatch.setattr(process, "RETRY_AFTER_S", 0.5)
+    async with running(script_spec(token_s=0.01)) as drafting:
+        chat = Chat(drafting, context_spec())
+        for _ in range(2):
+            await until(lambda: drafting.alive)
+            os.kill(drafting.pid, signal.SIGKILL)
+            await until(lambda: not drafting.alive)
+        await asyncio.wait_for(chat.done.wait(), 5)
+        assert isinstance(chat.failed.error, DrafterFailed)
+        assert drafting.open_contexts == 0
+        with pytest.raises(DrafterFailed):
+            drafting.open(context_spec(), print)
+        await until(lambda: drafting.alive)  # it is tried again, later
+        chat = Chat(drafting, SPECS[0])
+        await asyncio.wait_for(chat.done.wait(), 30)
+        assert chat.failed is None
+
+
+async def test_a_worker_that_does_not_read_is_replaced(script_spec, monkeypatch):
+    monkeypatch.setattr(process, "PENDING_BYTES_MAX", 100_000)
+    monkeypatch.setattr(process, "EXIT_GRACE_S", 0.1)
+    async with running(script_spec()) as drafting:
+        events = []
+        context = drafting.open(context_spec(), events.append)
+        os.kill(drafting.pid, signal.SIGSTOP)
+        for limit in range(10_000):
+            context.allow(limit % 7)
+        context.allow(4)
+        await until(lambda: events)
+        assert drafting.restarts == 1
+        assert events[0].position == 3
+
+
+async def test_contexts_share_the_drafter_fairly(script_spec):
+    async with running(script_spec(token_s=0.001)) as drafting:
+        order = []
+        contexts = [
+            drafting.open(context_spec(seed=index), lambda _event, index=index: order.append(index))
+            for index in range(8)
+        ]
+        for context in contexts:
+            context.allow(3 + 20)
+        await until(lambda: len(order) == 160)
+        counts = [order[: 8 * 15].count(index) for index in range(8)]
+        assert min(counts) >= 13
+
+
+async def test_events_of_an_older_branch_are_not_delivered(script_spec):
+    async with running(script_spec()) as drafting:
+        events = []
+        context = drafting.open(context_spec(), events.append)
+        context.allow(50)
+        await until(lambda: len(events) >= 3)
+        seen = len(events)
+        context.rollback(1, 4, (9,))
+        assert len(events) == seen
+        await until(lambda: len(events) == seen + 45)
+        assert [event.branch for event in events[seen:]] == [1] * 45
+        assert [event.position for event in events[seen:]] == [*range(5, 50)]
+        with pytest.raises(ValueError, match="cannot roll back"):
+            context.rollback(2, 4)  # committed
+        with pytest.raises(ValueError, match="cannot roll back"):
+            context.rollback(2, 51)  # not drafted yet
+
+
+async def test_contexts_are_bounded_and_closing_frees_them(script_spec):
+    async with running(script_spec(), max_contexts=2) as drafting:
+        contexts = [drafting.open(context_spec(), print) for _ in range(2)]
+        with pytest.raises(CapacityError):
+            drafting.open(context_spec(), print)
+        contexts[0].close()
+        contexts[0].close()
+        assert drafting.open_contexts == 1
+        drafting.open(context_spec(), print)
+
+
+def proc(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text()
+
+
+def rss_kib(pid: int) -> int:
+    return int(proc(pid, "status").split("VmRSS:")[1].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_200_opened_and_closed_leave_nothing(script_spec):
+    async with running(script_spec()) as drafting:
+
+        async def cycle(count: int) -> None:
+            for index in range(count):
+                events = []
+                context = drafting.open(context_spec(seed=index), events.append)
+                context.allow(10)
+                if index % 3:
+                    await until(lambda events=events: len(events) >= 2)
+                    context.rollback(1, 4)
+                context.close()
+
+        await cycle(50)
+        before, tasks = rss_kib(drafting.pid), len(asyncio.all_tasks())
+        descriptors = len(os.listdir(f"/proc/{drafting.pid}/fd"))
+        await cycle(200)
+        assert drafting.open_contexts == 0
+        assert len(asyncio.all_tasks()) == tasks
+        assert len(os.listdir(f"/proc/{drafting.pid}/fd")) == descriptors
+        assert rss_kib(drafting.pid) - before < 2048
+
+
+async def test_load_failures_are_told(tmp_path):
+    with pytest.raises(DrafterFailed, match="holds no genai_config"):
+        await DraftingProcess(DrafterSpec("onnx", str(tmp_path))).start()
+    with pytest.raises(DrafterFailed, match="cannot pin the drafter to CPU 4000"):
+        await DraftingProcess(DrafterSpec("ngram", "", cpu=4000)).start()
+
+
+async def test_loading_is_bounded(script_spec):
+    drafting = DraftingProcess(script_spec(), load_timeout_s=0.001)
+    with pytest.raises(DrafterFailed, match="did not load within"):
+        await drafting.start()
+    assert drafting.pid is None
+
+
+async def test_ngram_in_a_worker(tmp_path):
+    async with running(DrafterSpec("ngram", str(tmp_path))) as drafting:
+        events = []
+        text = np.array([1, 2, 3, 4, 1, 2, 3], np.int32)
+        spec = ContextSpec("r", text, SamplingParams(), VerificationMode.COUPLED, (), 7)
+        context = drafting.open(spec, events.append)
+        context.allow(10)
+        await until(lambda: len(events) == 3)
+        assert [event.token_ids for event in events] == [(4,), (1,), (2,)]
+        context.rollback(1, 8, (77,))
+        await until(lambda: len(events) == 4)
+        assert events[3] == Exhausted(1, 9)
+
+
+async def test_stop_ends_the_worker(script_spec):
+    drafting = DraftingProcess(script_spec())
+    await drafting.start()
+    pid = drafting.pid
+    await drafting.stop()
+    await drafting.stop()
+    assert not drafting.alive
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(DrafterFailed):
+        drafting.open(context_spec(), print)
+
+
+PARENT = """
+import asyncio, sys
+from edge_agent.drafting.messages import DrafterSpec
+from edge_agent.drafting.process import DraftingProcess
+
+async def main():
+    drafting = DraftingProcess(DrafterSpec("scripted", sys.argv[1]))
+    await drafting.start()
+    print(drafting.pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_worker_dies_with_its_parent(script_spec):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, script_spec().model],
+        stdout=subprocess.PIPE,
+        cwd=Path(process.__file__).parents[2],
+    )
+    with parent:
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 5
+    while (
+        Path(f"/proc/{pid}").exists() and "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_worker_loads_no_runtime_it_does_not_use(script_spec):
+    async with running(script_spec()) as drafting:
+        maps = proc(drafting.pid, "maps")
+        assert "numpy" in maps
+        assert "libtorch" not in maps
+        assert "onnxruntime" not in maps
+
+
+async def test_a_message_that_has_begun_is_waited_for() -> None:
+    """A whole distribution is more than a socket holds; without blocking it would come in parts."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = WorkerChannel(theirs)
+        assert channel.receive(block=False) == []
+        message = encode(bytes(4_000_000))
+        ours.sendall(message[:3])
+        writer = asyncio.create_task(asyncio.to_thread(ours.sendall, message[3:]))
+        assert await asyncio.to_thread(channel.receive, block=False) == [bytes(4_000_000)]
+        await writer
+
+
+async def test_waiting_for_a_rejection_is_no_drafting(script_spec) -> None:
+    """A recovered token is drawn while the command is handled, after a wait of any length."""
+    async with running(script_spec()) as drafting:
+        events = []
+        context = drafting.open(context_spec(), events.append)
+        context.allow(3 + WINDOW)
+        await until(lambda: len(events) == WINDOW)
+        before_s, waited_s = drafting.drafting_s, 0.5
+        await asyncio.sleep(waited_s)
+        certain = Rejection(np.array([7], np.int32), np.ones(1, np.float32))
+        context.recover(1, 3, certain, 0, judged=True)
+        await until(lambda: any(isinstance(event, Recovered) for event in events))
+        assert drafting.drafting_s - before_s < waited_s / 2

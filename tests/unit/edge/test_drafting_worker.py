@@ -1,0 +1,345 @@
+"""The worker's rules, without a process: branches, limits, turns, recovery, failures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from edge_agent.drafting import drafter, worker
+from edge_agent.drafting.messages import (
+    Allow,
+    CloseContext,
+    ContextFailed,
+    ContextSpec,
+    Drafted,
+    DrafterSpec,
+    Exhausted,
+    OpenContext,
+    Paused,
+    ProbeNeeded,
+    Recover,
+    Recovered,
+    Rollback,
+)
+from edge_agent.drafting.rejection import RejectionSampler
+from edge_agent.drafting.scripted import ScriptedDrafter, pseudo_model, sequence
+from picospec.errors import DrafterFailed
+from picospec.protocol.messages import Rejection, SamplingParams, VerificationMode
+from picospec.sampling.distribution import draw, process
+from picospec.sampling.noise import Purpose
+
+WIDTH = 16
+MODEL = pseudo_model(WIDTH)
+
+
+def context_spec(
+    mode=VerificationMode.SPLIT, token_ids=(1, 2, 3), stop=(), **params
+) -> ContextSpec:
+    sampling_params = SamplingParams(**({"seed": 7} | params))
+    ids = np.array(token_ids, np.int32)
+    return ContextSpec("r", ids, sampling_params, mode, stop, len(ids))
+
+
+class Harness:
+    """A DraftWorker and what it emitted."""
+
+    def __init__(self, script) -> None:
+        self.drafter = ScriptedDrafter(script, WIDTH)
+        self.events: list = []  # (context id, event)
+        self.worker = worker.DraftWorker(self.drafter, lambda *event: self.events.append(event))
+
+    def open(self, context_id: int, spec: ContextSpec, limit: int) -> None:
+        self.worker.handle(context_id, OpenContext(spec, len(spec.token_ids)))
+        self.worker.handle(context_id, Allow(limit))
+
+    def run(self) -> list:
+        """Steps until nothing is runnable; the events since the last call."""
+        for _ in range(1000):
+            if not self.worker.runnable:
+                break
+            self.worker.step()
+        assert not self.worker.runnable
+        events, self.events = self.events, []
+        return [event for _, event in events]
+
+
+def expected_law(text, params):
+    return process(MODEL(np.array(text)), params, np.array(text[:3]), np.array(text[3:]))
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"top_k": 3, "presence_penalty": 1}])
+def test_split_draft_follows_its_law_and_reports_q(params):
+    harness, spec = Harness(MODEL), context_spec(**params)
+    harness.open(0, spec, limit=9)
+    text = [1, 2, 3]
+    events = harness.run()
+    assert len(events) == 6
+    for event in events:
+        law = expected_law(text, spec.sampling)
+        token_id = draw(law, 7, len(text), Purpose.DRAFT)
+        assert event == Drafted(0, len(text), (token_id,), (law.prob(token_id),))
+        text.append(token_id)
+
+
+def test_coupled_draft_runs_the_shared_race_and_sends_no_q():
+    harness, spec = Harness(MODEL), context_spec(VerificationMode.COUPLED)
+    harness.open(0, spec, limit=8)
+    text = [1, 2, 3]
+    for event in harness.run():
+        token_id = draw(expected_law(text, spec.sampling), 7, len(text), Purpose.COUPLED)
+        assert event == Drafted(0, len(text), (token_id,), ())
+        text.append(token_id)
+    assert len(text) == 8
+
+
+def test_contexts_take_turns():
+    harness = Harness(MODEL)
+    for context_id in range(5):
+        harness.open(context_id, context_spec(seed=context_id), limit=13)
+    while harness.worker.runnable:
+        harness.worker.step()
+    order = [context_id for context_id, _ in harness.events]
+    assert order == [0, 1, 2, 3, 4] * 10
+
+
+def test_rollback_at_any_moment_continues_as_a_fresh_context_would():
+    for drafted in range(8):
+        for back in range(drafted + 1):
+            harness, spec = Harness(MODEL), context_spec()
+            harness.open(0, spec, limit=3 + drafted)
+            chain = [event.token_ids[0] for event in harness.run()]
+            harness.worker.handle(0, Rollback(1, 3 + back, (5,)))
+            harness.worker.handle(0, Allow(12))
+            fresh = Harness(MODEL)
+            committed = np.array([1, 2, 3, *chain[:back], 5], np.int32)
+            fresh.worker.handle(
+                0,
+                OpenContext(
+                    ContextSpec("r", committed, spec.sampling, spec.mode, (), 3),
+                    len(committed),
+                    branch=1,
+                    limit=12,
+                ),
+            )
+            assert harness.run() == fresh.run()
+
+
+def test_stop_token_and_the_script_s_end_exhaust_until_a_rollback():
+    harness = Harness(sequence([4, 5, 6, 7], start=3))
+    harness.open(0, context_spec(stop=(5,)), limit=20)
+    assert harness.run() == [
+        Drafted(0, 3, (4,), (1.0,)),
+        Drafted(0, 4, (5,), (1.0,)),
+        Exhausted(0, 5),
+    ]
+    harness.worker.handle(0, Allow(30))
+    assert harness.run() == []
+    harness.worker.handle(0, Rollback(1, 4, (9,)))
+    events = harness.run()
+    assert events == [Drafted(1, 5, (6,), (1.0,)), Drafted(1, 6, (7,), (1.0,)), Exhausted(1, 7)]
+
+
+REJECTION = Rejection(
+    np.array([3, 1, 2], np.int32), np.array([0.4, 0.3, 0.2], np.float32), 0.1, 9, 0.05
+)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("kept", [True, False], ids=["law kept", "law recomputed"])
+def test_recovery_uses_the_law_the_draft_was_drawn_from(seed, kept):
+    harness, spec = Harness(MODEL), context_spec(seed=seed)
+    harness.open(0, spec, limit=9)
+    chain = [event.token_ids[0] for event in harness.run()]
+    if not kept:
+        harness.worker._contexts[0].laws.clear()
+    text = [1, 2, 3, *chain[:2]]
+    law = expected_law(text, spec.sampling)
+    attempt = 0
+    while True:
+        harness.worker.handle(0, Recover(1 + attempt, 5, REJECTION, attempt, judged=True))
+        recovered = RejectionSampler(seed, 5, law).offer(REJECTION, attempt)
+        events = harness.run()
+        if recovered is not None:
+            break
+        assert events == [ProbeNeeded(1 + attempt, 5, attempt + 1)]
+        attempt += 1
+    assert events[0] == Recovered(1 + attempt, 5, recovered)
+    assert [event.position for event in events[1:]] == [6, 7, 8]
+    assert all(event.branch == 1 + attempt for event in events)
+
+
+def test_recovery_without_a_judged_draft_follows_p_itself():
+    harness = Harness(sequence([], start=3))
+    harness.open(0, context_spec(), limit=9)
+    assert harness.run() == [Exhausted(0, 3)]
+    harness.worker.handle(0, Recover(1, 3, REJECTION, 0, judged=False))
+    token_id = RejectionSampler(7, 3, None).offer(REJECTION, 0)
+    assert harness.events[0] == (0, Recovered(1, 3, token_id))  # at once, not in a turn
+
+
+def test_laws_are_bounded(monkeypatch):
+    monkeypatch.setattr(worker, "MAX_LAWS", 4)
+    harness = Harness(MODEL)
+    harness.open(0, context_spec(), limit=50)
+    harness.run()
+    assert list(harness.worker._contexts[0].laws) == [46, 47, 48, 49]
+
+
+def test_a_failing_context_ends_alone():
+    def script(text):
+        if text[0] == 9:
+            raise RuntimeError("bad text")
+        return MODEL(text)
+
+    harness = Harness(script)
+    harness.open(0, context_spec(token_ids=(9,)), limit=5)
+    harness.open(1, context_spec(), limit=5)
+    events = harness.run()
+    failed = [event for event in events if isinstance(event, ContextFailed)]
+    assert len(failed) == 1
+    assert "bad text" in str(failed[0].error)
+    assert sum(isinstance(event, Drafted) for event in events) == 2
+    harness.worker.handle(1, Rollback(1, 99))  # beyond the text: our own bug, that chat's end
+    assert [type(event) for event in harness.run()] == [ContextFailed]
+    assert [context.closed for context in harness.drafter.contexts] == [True, True]
+
+
+def test_closed_contexts_are_freed_and_late_commands_ignored():
+    harness = Harness(MODEL)
+    harness.open(0, context_spec(), limit=9)
+    harness.worker.step()
+    harness.worker.handle(0, CloseContext())
+    assert not harness.worker.runnable
+    for command in (Allow(20), Rollback(1, 3), CloseContext()):
+        harness.worker.handle(0, command)
+    assert len(harness.events) == 1
+    assert harness.drafter.contexts[0].closed
+
+
+class CountingRuntime:
+    """A KVRuntime over a plain list that checks what the cache tells it."""
+
+    opened = 0
+
+    def __init__(self, capacity):
+        type(self).opened += 1
+        self.capacity, self.held, self.forwards = capacity, [], []
+
+    def forward(self, token_ids):
+        assert 1 <= len(token_ids) <= drafter.PREFILL_CHUNK
+        assert len(self.held) + len(token_ids) <= self.capacity
+        self.held += token_ids.tolist()
+        self.forwards.append(len(token_ids))
+        return MODEL(np.array(self.held))
+
+    def truncate(self, length):
+        assert length <= len(self.held)
+        del self.held[length:]
+
+    def close(self):
+        pass
+
+
+def model_context(spec, max_length=10_000):
+    runtimes = []
+
+    def open_runtime(capacity):
+        runtimes.append(CountingRuntime(capacity))
+        return runtimes[-1]
+
+    return drafter.ModelContext(open_runtime, spec, -1, WIDTH, max_length), runtimes
+
+
+def test_model_context_is_lazy_and_prefills_in_chunks():
+    context, runtimes = model_context(context_spec(token_ids=[1] * 150))
+    assert not runtimes
+    assert context.prefill()
+    assert context.prefill()
+    assert not context.prefill()
+    first = context.propose()
+    [runtime] = runtimes
+    assert runtime.forwards == [64, 64, 22]
+    context.append(5)
+    context.append(6)
+    assert len(runtime.forwards) == 3
+    context.propose()
+    context.rollback(150)
+    again = context.propose()  # its logits are gone: one token runs again
+    assert runtime.forwards == [64, 64, 22, 1, 1, 1]
+    assert np.array_equal(first.probs, again.probs)
+
+
+def test_news_before_the_prefill_changes_no_batch():
+    """Numerics hang on how tokens are batched, and must not hang on what came when."""
+
+    def forwards(*moments):
+        context, runtimes = model_context(context_spec(token_ids=[1] * 70))
+        for moment in moments:
+            if moment == "propose":
+                context.propose()
+            else:
+                context.rollback(*moment)
+        context.propose()
+        return runtimes[0].forwards
+
+    early = forwards((70, (4,)), (71, (5,)))
+    late = forwards("propose", (70, (4,)), "propose", (71, (5,)))
+    assert early == late == [64, 6, 1, 1]
+
+
+def test_model_context_grows_its_cache_up_to_the_limit(monkeypatch):
+    monkeypatch.setattr(drafter, "CAPACITY_HEADROOM", 8)
+    context, runtimes = model_context(context_spec(), max_length=40)
+    while (law := context.propose()) is not None:
+        context.append(draw(law, 0, len(context), Purpose.DRAFT))
+    assert [runtime.capacity for runtime in runtimes] == [11, 24, 40]
+    assert len(context) == 41
+
+
+def test_ids_and_logits_of_another_width_fit():
+    spec = context_spec(token_ids=[1, 2, 30])
+    for width in (8, WIDTH, 40):
+        wide = ContextSpec("r", spec.token_ids, spec.sampling, spec.mode, (), 3, logits_width=width)
+        context, runtimes = model_context(wide)
+        law = context.propose()
+        assert len(law.probs) == width
+        assert law.probs.sum() == pytest.approx(1.0)
+        assert runtimes[0].held == [1, 2, WIDTH - 1]
+
+
+def test_unloadable_drafters_say_why(tmp_path):
+    for backend, words in [
+        ("onnx", "picospec prepare"),
+        ("scripted", "cannot load"),
+        ("llama", "unknown drafter backend"),
+    ]:
+        with pytest.raises(DrafterFailed, match=words):
+            drafter.load(DrafterSpec(backend, str(tmp_path)))
+
+
+def test_an_unsure_drafter_pauses_until_it_is_allowed_on() -> None:
+    harness = Harness(MODEL)
+    spec = dataclasses.replace(context_spec(), confidence_stop=0.999)
+    harness.open(1, spec, limit=20)
+    assert [type(event) for event in harness.run()] == [Drafted, Paused]
+    harness.worker.handle(1, Allow(20))
+    drafted, paused = harness.run()
+    assert (drafted.position, paused) == (4, Paused(0, 5))
+    harness.worker.handle(1, Rollback(1, 4, (9,)))
+    assert [type(event) for event in harness.run()] == [Drafted, Paused]
+
+
+def test_a_sure_drafter_goes_on() -> None:
+    harness = Harness(sequence([5, 6, 7], 3))
+    harness.open(1, dataclasses.replace(context_spec(), confidence_stop=0.999), limit=6)
+    assert [type(event) for event in harness.run()] == [Drafted] * 3
+
+
+def test_confidence_is_the_models_own_whatever_the_temperature() -> None:
+    """Greedy, the law is certain of every token; the model is not."""
+    harness = Harness(MODEL)
+    spec = dataclasses.replace(context_spec(temperature=0.0), confidence_stop=0.999)
+    harness.open(1, spec, limit=20)
+    assert [type(event) for event in harness.run()] == [Drafted, Paused]
