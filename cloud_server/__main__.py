@@ -18,7 +18,7 @@ from picospec.errors import ConfigError, PicoSpecError
 
 EXIT_CONFIG = 2
 
-log = logging.getLogger("cloud_server")
+logger = logging.getLogger("cloud_server")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,14 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"picospec-cloud: {error}", file=sys.stderr)
         return EXIT_CONFIG
     logs.configure(config.log.level, config.log.format)
-    log.info("configuration", extra=redacted(config))
+    logger.info("configuration", extra=redacted(config))
     try:
         return uvloop.run(serve(config, _engine(config.engine)))
     except ConfigError as error:
-        log.error("%s", error)
+        logger.error("%s", error)
         return EXIT_CONFIG
     except PicoSpecError as error:
-        log.error("the server could not start: %s", error)
+        logger.error("the server could not start: %s", error)
         return EXIT_ENGINE
 
 

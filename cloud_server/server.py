@@ -29,7 +29,7 @@ from cloud_server.status import STATUS_TIMEOUT_S
 from picospec.errors import CloudUnavailable, ConfigError
 from picospec.v1 import speculation_pb2, speculation_pb2_grpc
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SERVICE_NAME = speculation_pb2.DESCRIPTOR.services_by_name["SpeculationService"].full_name
 PROGRESS_INTERVAL_S = 10.0
@@ -84,7 +84,7 @@ class CloudServer:
         await self.health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         await self._grpc.start()
         self._watch = asyncio.create_task(self._watch_engine(), name="watch-engine")
-        log.info(
+        logger.info(
             "serving %s on %s:%d", card.model_id, config.server.host, self.port,
             extra={"metrics_port": self.metrics_server.port, "max_model_len": card.max_model_len},
         )  # fmt: skip
@@ -114,7 +114,7 @@ class CloudServer:
             self.metrics.engine(self._engine.stats(), healthy=True)
             self.metrics.asyncio_tasks(len(asyncio.all_tasks()))
             await asyncio.sleep(self._config.server.health_interval_s)
-        log.error("the engine died")
+        logger.error("the engine died")
         self.metrics.engine(self._engine.stats(), healthy=False)
         self.sessions.refuse("The engine died")
         self.sessions.end_all("engine_error", CloudUnavailable("The engine died"))
@@ -160,12 +160,12 @@ async def serve(config: CloudConfig, engine: VerificationEngine) -> int:
         await _first_of(stop.wait(), server.engine_died.wait())
         # Ctrl-C reaches the engine's process as well: its death after a signal is no failure.
         exit_code = EXIT_OK if stop.is_set() else EXIT_ENGINE
-        log.info("shutting down", extra={"sessions": len(server.sessions)})
+        logger.info("shutting down", extra={"sessions": len(server.sessions)})
         await server.stop(hurry)
         return exit_code
     finally:
         await _first_of(engine.shutdown(), timeout_s=ENGINE_SHUTDOWN_TIMEOUT_S)
-        log.info("stopped")
+        logger.info("stopped")
 
 
 async def _start_unless(server: CloudServer, stop: asyncio.Event) -> bool:
@@ -207,15 +207,15 @@ async def _progress(what: str) -> AsyncIterator[None]:
     async def announce() -> None:
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
-            log.info("still %s (%.0f s)", what, time.monotonic() - started)
+            logger.info("still %s (%.0f s)", what, time.monotonic() - started)
 
-    log.info("%s", what)
+    logger.info("%s", what)
     announcing = asyncio.create_task(announce())
     try:
         yield
     finally:
         announcing.cancel()
-    log.info("done %s in %.1f s", what, time.monotonic() - started)
+    logger.info("done %s in %.1f s", what, time.monotonic() - started)
 
 
 def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:

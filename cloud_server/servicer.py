@@ -38,7 +38,7 @@ from picospec.protocol.messages import Draft, Finish, ModelCard, Open, Opened, V
 from picospec.v1 import speculation_pb2 as pb
 from picospec.v1 import speculation_pb2_grpc
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CANCELLATION_LAG_S = 0.1  # gRPC reports the end of the stream first; measured: below 1 ms
 
@@ -110,7 +110,7 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
         try:
             await self._engine.abort(session.key)
         except Exception:
-            log.exception("the engine did not abort a session", extra={"session": session.key})
+            logger.exception("the engine did not abort a session", extra={"session": session.key})
         self._report(session, protocol)
 
     async def _read(self, session: Session, protocol: CloudSession, context: Context) -> None:
@@ -141,7 +141,7 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
         session.request_id = request.session_id
         request_id.set(request.session_id)
         session.prefilling = True
-        log.info(
+        logger.info(
             "generation opened",
             extra={
                 "session": session.key,
@@ -199,7 +199,7 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
         if isinstance(error, RemoteProtocolError):
             self._metrics.protocol_error(error.field)
         request_id.set(session.request_id)
-        log.info(
+        logger.info(
             "generation ended",
             extra={
                 "session": session.key,
@@ -221,7 +221,7 @@ async def _guarded(session: Session, work: Coroutine[Any, Any, None]) -> None:
     except PicoSpecError as error:
         session.end("engine_error", error)
     except Exception:
-        log.exception("a session failed", extra={"session": session.key})
+        logger.exception("a session failed", extra={"session": session.key})
         session.end("internal_error", PicoSpecError("Internal error"))
 
 

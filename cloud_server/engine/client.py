@@ -26,7 +26,7 @@ from cloud_server.engine.model import build_vllm_config, model_card
 from picospec.errors import CloudUnavailable, ConfigError, PicoSpecError
 from picospec.protocol.messages import Draft, ModelCard, Open, Verdict
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class VLLMEngine:
@@ -160,7 +160,7 @@ class VLLMEngine:
         except asyncio.CancelledError:
             raise
         except Exception:  # EngineDeadError, or whatever broke the socket: nothing comes any more
-            log.exception("the engine died")
+            logger.exception("the engine died")
             self._dead = True
             sinks, self._sinks = self._sinks, {}
             for sink in sinks.values():

@@ -43,7 +43,7 @@ BACKOFF_FIRST_S = 0.05  # doubles with each death in the window
 EXIT_GRACE_S = 2.0  # from the end of the stream to SIGKILL
 PENDING_BYTES_MAX = 16 << 20  # a worker that reads nothing for so long hangs
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class DraftingProcess:
@@ -124,7 +124,7 @@ class DraftingProcess:
             await worker.ended.wait()
             self._worker = None
             status = await worker.end()
-            log.warning("the drafter's worker %d died (status %s)", worker.pid, status)
+            logger.warning("the drafter's worker %d died (status %s)", worker.pid, status)
             worker = await self._replace(deaths)
             self._attach(worker)
 
@@ -152,14 +152,14 @@ class DraftingProcess:
             try:
                 worker = await self._launch()
             except DrafterFailed as error:
-                log.error("%s", error)
+                logger.error("%s", error)
                 continue
             self.restarts += 1
             self._given_up = False
             return worker
 
     def _fail_all(self, reason: str) -> None:
-        log.error("%s; all chats lose it", reason)
+        logger.error("%s; all chats lose it", reason)
         self._given_up = True
         for context in list(self._contexts.values()):
             context.deliver(ContextFailed(DrafterFailed(reason)))
@@ -181,7 +181,7 @@ class DraftingProcess:
                 ) from None
             raise
         self.logits_width = answer.logits_width
-        log.info("drafter %s loaded in worker %d", self._spec.backend, worker.pid)
+        logger.info("drafter %s loaded in worker %d", self._spec.backend, worker.pid)
         return worker
 
 
@@ -269,7 +269,7 @@ class _Worker(asyncio.Protocol):
             try:
                 self.on_message(message)
             except Exception:  # one chat's receiver must not stop the others'
-                log.exception("an event of the drafter was not taken")
+                logger.exception("an event of the drafter was not taken")
 
     def connection_lost(self, _error: Exception | None) -> None:
         self.ended.set()
