@@ -13,19 +13,19 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cloud_server.admission import AdmittedCalls
 from cloud_server.auth import interceptor
-from cloud_server.calls import SessionTable
 from cloud_server.config import CloudConfig, ServerConfig
 from cloud_server.engine.interface import VerificationEngine
 from cloud_server.metrics import CloudMetrics, MetricsServer
 from cloud_server.servicer import SpeculationServicer
 from cloud_server.status import STATUS_TIMEOUT_S
+from cloud_server.tls import server_credentials
 from picospec.errors import CloudUnavailable, ConfigError
 from picospec.v1 import speculation_pb2, speculation_pb2_grpc
 
@@ -53,16 +53,16 @@ class CloudServer:
     async def start(self) -> None:
         """Load the engine, then open the ports. Raises PicoSpecError, ConfigError among them."""
         config = self._config
-        credentials = _credentials(config.server)
+        credentials = server_credentials(config.server)
         async with _progress(f"loading {config.engine.model}"):
             card = await self._engine.start()
-        self.sessions = SessionTable(
+        self.calls = AdmittedCalls(
             config.server.max_sessions,
             config.server.outbound_frames_max,
             config.server.session_idle_timeout_s,
         )
         self.metrics = CloudMetrics(card)
-        self.servicer = SpeculationServicer(self._engine, card, self.sessions, self.metrics)
+        self.servicer = SpeculationServicer(self._engine, card, self.calls, self.metrics)
         self.health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
             interceptors=[interceptor(config.server.auth_token)],
@@ -93,16 +93,16 @@ class CloudServer:
         """Finish what runs, within the grace period; at once when `hurry` is set."""
         # Load balancers look away, and no new generation starts.
         await self.health.enter_graceful_shutdown()
-        self.sessions.refuse("The server is shutting down")
+        self.calls.refuse("The server is shutting down")
         # Running generations get the grace period, unless nothing can serve them.
         if not self.engine_died.is_set():
             await _first_of(
-                self.sessions.drained(), hurry.wait(), self.engine_died.wait(),
+                self.calls.drained(), hurry.wait(), self.engine_died.wait(),
                 timeout_s=self._config.server.grace_s,
             )  # fmt: skip
         # The rest is ended, and told that another replica may serve it.
-        self.sessions.end_all("shutdown", CloudUnavailable("The server is shutting down"))
-        await _first_of(self.sessions.drained(), timeout_s=STATUS_TIMEOUT_S)
+        self.calls.end_all("shutdown", CloudUnavailable("The server is shutting down"))
+        await _first_of(self.calls.drained(), timeout_s=STATUS_TIMEOUT_S)
         await self._grpc.stop(grace=0.5)
         self._watch.cancel()
         await asyncio.gather(self._watch, return_exceptions=True)
@@ -116,8 +116,8 @@ class CloudServer:
             await asyncio.sleep(self._config.server.health_interval_s)
         logger.error("the engine died")
         self.metrics.engine(self._engine.stats(), healthy=False)
-        self.sessions.refuse("The engine died")
-        self.sessions.end_all("engine_error", CloudUnavailable("The engine died"))
+        self.calls.refuse("The engine died")
+        self.calls.end_all("engine_error", CloudUnavailable("The engine died"))
         for service in ("", SERVICE_NAME):
             await self.health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         self.engine_died.set()
@@ -160,7 +160,7 @@ async def serve(config: CloudConfig, engine: VerificationEngine) -> int:
         await _first_of(stop.wait(), server.engine_died.wait())
         # Ctrl-C reaches the engine's process as well: its death after a signal is no failure.
         exit_code = EXIT_OK if stop.is_set() else EXIT_ENGINE
-        logger.info("shutting down", extra={"sessions": len(server.sessions)})
+        logger.info("shutting down", extra={"sessions": len(server.calls)})
         await server.stop(hurry)
         return exit_code
     finally:
@@ -216,19 +216,6 @@ async def _progress(what: str) -> AsyncIterator[None]:
     finally:
         announcing.cancel()
     logger.info("done %s in %.1f s", what, time.monotonic() - started)
-
-
-def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    if not config.tls_cert:
-        return None
-    pem = []
-    for name in ("tls_key", "tls_cert"):
-        path = getattr(config, name)
-        try:
-            pem.append(Path(path).read_bytes())
-        except OSError as error:
-            raise ConfigError(f"server.{name} = {path!r}: {error.strerror}") from None
-    return grpc.ssl_server_credentials([(pem[0], pem[1])])
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

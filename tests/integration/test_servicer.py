@@ -125,7 +125,7 @@ async def test_a_full_server_says_when_to_come_back() -> None:
         assert refusal.code == "RESOURCE_EXHAUSTED"
         assert refusal.retry_after_s == 1.0
         first.call.cancel()
-        await _until(lambda: len(cloud.server.sessions) == 1)
+        await _until(lambda: len(cloud.server.calls) == 1)
         await cloud.stream().start()
         assert cloud.metric("picospec_cloud_sessions_total", outcome="no_room") == 1
 
@@ -271,7 +271,7 @@ async def test_a_call_cancelled_before_its_open_is_no_protocol_error() -> None:
         streams = [cloud.stream() for _ in range(20)]
         for stream in streams:
             await stream.call.wait_for_connection()
-        while len(cloud.server.sessions) < len(streams):  # noqa: ASYNC110 - nothing announces it
+        while len(cloud.server.calls) < len(streams):  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(0.005)
         for stream in streams:
             stream.call.cancel()

@@ -141,7 +141,7 @@ class Cloud:
     async def until_idle(self) -> None:
         """Until no session is left, in the servicer nor in the engine."""
         async with asyncio.timeout(5):
-            await self.server.sessions.drained()
+            await self.server.calls.drained()
         assert self.engine.sessions == 0
 
     def metric(self, name: str, **labels: str) -> float:
