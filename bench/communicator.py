@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cloud_server.engine.torch_sampling import TargetDistribution
+from cloud_server.engine.judging.torch_sampling import TargetDistribution
 from picospec.protocol import codec
 from picospec.protocol.messages import Rejection, Verdict
 from picospec.v1 import speculation_pb2 as pb

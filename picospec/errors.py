@@ -9,7 +9,7 @@
     ├── CloudUnavailable    the cloud cannot be reached; may be tried again
     ├── CapacityError       no room at present; may be tried again
     ├── DeadlineExceeded    a bounded wait is over
-    ├── NumericalError      a model's logits define no law (NaN, infinity)
+    ├── NumericalError      a model's logits do not define a probability distribution
     └── DrafterFailed       the drafter's process died or its backend failed
 
 `GRPC_STATUS` and `HTTP_STATUS` are the only places where a failure becomes a status code.

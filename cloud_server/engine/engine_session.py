@@ -18,7 +18,12 @@ import numpy as np
 import torch
 from vllm.v1.request import Request, RequestStatus
 
-from cloud_server.engine.verification import StepKind, StepResult, VerificationLaw, verify
+from cloud_server.engine.judging.verification import (
+    StepKind,
+    StepResult,
+    VerificationParams,
+    verify,
+)
 from picospec.protocol.draft_queue import DraftQueue, Work
 from picospec.protocol.messages import EMPTY_TOKENS, Open, VerificationMode
 
@@ -30,7 +35,7 @@ class EngineSession:
     request: Request
     opening: Open
     queue: DraftQueue
-    law: VerificationLaw
+    params: VerificationParams
     keeps_rows: bool  # whether the worker hands rows out
     opened: bool = False  # the edge has been told that the prompt is in
     work: Work | None = None  # what the running step was asked to judge
@@ -81,12 +86,12 @@ class EngineSession:
         assert self.row is not None
         row, self.row = self.row, None
         prompt = output = EMPTY_TOKENS
-        if self.law.sampling.has_penalties:
+        if self.params.sampling.has_penalties:
             prompt = self.opening.prompt_token_ids
             output = np.array(self.request.all_token_ids[len(prompt) :], np.int32)
         return verify(
             row,
-            self.law,
+            self.params,
             position=work.position,
             draft_token_ids=work.token_ids,
             draft_probs=work.draft_probs,

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from cloud_server.engine.interface import EngineEvent, EngineStats
+from cloud_server.engine.judging.verification import StepKind, StepResult
 from cloud_server.engine.step_padding import Padding
-from cloud_server.engine.verification import StepKind, StepResult
 from picospec.errors import NumericalError
 from picospec.protocol.messages import Draft, Open
 

@@ -73,7 +73,7 @@ def build_vllm_config(config: EngineConfig) -> VllmConfig:
                 },
                 "speculative_config": {
                     "method": "custom_class",
-                    "model": "cloud_server.engine.null_speculator.NullProposer",
+                    "model": "cloud_server.engine.null_speculator.NullSpeculator",
                     "num_speculative_tokens": config.max_draft_tokens,
                 },
             }

@@ -1,7 +1,7 @@
-"""The proposer that proposes nothing: drafts come over the wire.
+"""The speculator without drafts: they come over the wire.
 
-vLLM prepares its model runner for drafts (several logits rows a request, rollback) only when a
-speculative method is configured; the method `custom_class` with this class is that switch.
+vLLM prepares its model runner for drafts (several logits rows per request, rollback) only if a
+speculative method is configured. The method `custom_class` with this class is that switch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class NullProposer:
+class NullSpeculator:
     """A custom_class proposer (vllm/v1/spec_decode/custom_class_proposer.py)."""
 
     def __init__(self, vllm_config: Any) -> None:

@@ -39,8 +39,8 @@ from cloud_server.engine.envelope import (
     wrap,
 )
 from cloud_server.engine.interface import EngineEvent, EngineStats
+from cloud_server.engine.judging.verification import StepKind, StepResult, VerificationParams
 from cloud_server.engine.step_padding import Padding
-from cloud_server.engine.verification import StepKind, StepResult, VerificationLaw
 from picospec.errors import NumericalError
 from picospec.protocol.draft_queue import DraftQueue
 from picospec.protocol.messages import AssistPolicy, FinishReason, Open, Opened, Rejection, Verdict
@@ -87,7 +87,7 @@ class VerificationScheduler(Scheduler):
                 request,
                 value,
                 DraftQueue(value.mode, request.all_token_ids, verify_whole_rounds=whole_rounds),
-                VerificationLaw.of(value, self.vllm_config.model_config.get_vocab_size()),
+                VerificationParams.of(value, self.vllm_config.model_config.get_vocab_size()),
                 keeps_rows=False,
             )
             session.keeps_rows = self._keep_rows and session.split and not whole_rounds

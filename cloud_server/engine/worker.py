@@ -1,7 +1,7 @@
 """vLLM's worker, taught to judge drafts that came over the wire.
 
 The worker is vLLM's own; only its model runner is replaced by a subclass that
-  - learns a session's sampling law when the session first runs,
+  - learns a session's verification parameters when the session first runs,
   - adds recovered tokens to its copy of the session before the forward, and
   - judges each session's logits rows with `verification.verify` where vLLM would sample.
 
@@ -29,8 +29,8 @@ from cloud_server.engine.envelope import (
     VerificationStep,
     unwrap,
 )
+from cloud_server.engine.judging.verification import VerificationParams, verify
 from cloud_server.engine.step_padding import Padding
-from cloud_server.engine.verification import VerificationLaw, verify
 from picospec.errors import NumericalError
 from picospec.protocol.messages import EMPTY_TOKENS, Open, TokenArray
 
@@ -56,7 +56,7 @@ class VerificationRunner:
 
     def prepare_verification(self) -> None:
         self._opens: dict[str, Open] = {}
-        self._laws: dict[str, VerificationLaw] = {}
+        self._params: dict[str, VerificationParams] = {}
         self._step = VerificationStep()
         self._drafts: dict[str, list[int]] = {}
         self._outcome = StepOutcome()
@@ -67,13 +67,13 @@ class VerificationRunner:
         self._step = getattr(scheduler_output, "picospec", None) or VerificationStep()
         self._drafts = scheduler_output.scheduled_spec_decode_tokens
         for request_id in scheduler_output.finished_req_ids:
-            self._laws.pop(request_id, None)
+            self._params.pop(request_id, None)
             self._opens.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
             request: Open | None = unwrap(new.sampling_params and new.sampling_params.extra_args)
             if request is not None:  # vLLM's warm-up requests have none
                 self._opens[new.req_id] = request
-                self._laws[new.req_id] = VerificationLaw.of(
+                self._params[new.req_id] = VerificationParams.of(
                     request, self.model_config.get_vocab_size()
                 )
         for request_id, token_ids in self._step.forced.items():
@@ -135,16 +135,16 @@ class VerificationRunner:
 
     def _judge(self, request_id: str, rows: torch.Tensor, plan: StepPlan) -> list[int]:
         drafts = self._drafts.get(request_id, [])[: plan.num_drafts]
-        law = self._laws[request_id]
+        params = self._params[request_id]
         prompt, output = (
             self._history(request_id, plan.position)
-            if law.sampling.has_penalties
+            if params.sampling.has_penalties
             else (EMPTY_TOKENS, EMPTY_TOKENS)
         )
         try:
             result = verify(
                 rows,
-                law,
+                params,
                 position=plan.position,
                 draft_token_ids=drafts,
                 draft_probs=plan.draft_probs,

@@ -3,7 +3,7 @@
 The processed distribution is the law a token is drawn from, after (in this order, as vLLM's
 v1/sample/sampler.py applies them) logit bias, repetition, frequency and presence penalties,
 temperature, min-p, top-k and top-p. The edge computes it of the drafter's logits (Q), the
-cloud of the target's (P; cloud_server/engine/torch_sampling.py has the rules for GPUs).
+cloud of the target's (P; cloud_server/engine/judging/torch_sampling.py has the rules for GPUs).
 Where tokens tie at a filter's border: min-p and top-k keep all of them, top-p the lowest ids.
 """
 
@@ -96,7 +96,9 @@ def process(
     best = int(scores.argmax())  # a NaN, if there is one
     peak = scores[best]
     if not math.isfinite(peak):
-        raise NumericalError("the model's logits define no law: NaN, +inf or nothing but -inf")
+        raise NumericalError(
+            "the model's logits do not define a probability distribution: NaN, +inf or only -inf"
+        )
     if params.temperature < GREEDY_TEMPERATURE:
         return Distribution(np.array([best], np.int32), np.ones(1, np.float32))
     scores = scores - peak

@@ -194,7 +194,7 @@ def test_methods_we_call_or_override(
         (
             custom_class_proposer.create_custom_proposer,
             'hasattr(instance, "propose")',
-            "what proposer.NullProposer must have",
+            "what null_speculator.NullSpeculator must have",
         ),
         (
             cpu_platform,

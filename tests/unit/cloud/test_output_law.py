@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from cloud_server.engine.verification import StepKind, VerificationLaw, verify
+from cloud_server.engine.judging.verification import StepKind, VerificationParams, verify
 from edge_agent.drafting.rejection import RejectionSampler
 from picospec.protocol.messages import EMPTY_TOKENS, Rejection, SamplingParams, VerificationMode
 from picospec.sampling import noise
@@ -37,15 +37,15 @@ Offer = Callable[[RejectionSampler, Rejection, int], int | None]
 
 def law_of(
     mode: VerificationMode, params: SamplingParams | None = None, exact: bool = True
-) -> VerificationLaw:
-    return VerificationLaw(mode, params or SamplingParams(), exact, SPARSE_K, WIDTH)
+) -> VerificationParams:
+    return VerificationParams(mode, params or SamplingParams(), exact, SPARSE_K, WIDTH)
 
 
 class Chain:
     """Generates tokens as both daemons would: as many drafts as are wanted, then what is left."""
 
     def __init__(
-        self, law: VerificationLaw, length: int = 2, offer: Offer = RejectionSampler.offer
+        self, law: VerificationParams, length: int = 2, offer: Offer = RejectionSampler.offer
     ) -> None:
         self._law = law
         self._length = length
@@ -69,7 +69,7 @@ class Chain:
             counts[self.generate(seed)] += 1
         return counts
 
-    def _round(self, law: VerificationLaw, context: list[int], num_drafts: int) -> list[int]:
+    def _round(self, law: VerificationParams, context: list[int], num_drafts: int) -> list[int]:
         """What one verification commits after `context`: drafts, then a token of either side."""
         seed, base = law.sampling.seed, len(context) - 1
         purpose = Purpose.DRAFT if law.mode is SPLIT else Purpose.COUPLED

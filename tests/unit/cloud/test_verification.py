@@ -9,14 +9,14 @@ import pytest
 import torch
 from scipy import stats
 
-from cloud_server.engine import torch_noise
-from cloud_server.engine.torch_sampling import (
+from cloud_server.engine.judging import torch_noise
+from cloud_server.engine.judging.torch_sampling import (
     REJECTION_TAIL_MASS_MAX,
     TargetDistribution,
     process,
     process_on_device,
 )
-from cloud_server.engine.verification import StepKind, VerificationLaw, verify
+from cloud_server.engine.judging.verification import StepKind, VerificationParams, verify
 from picospec.errors import NumericalError
 from picospec.protocol.messages import EMPTY_TOKENS, SamplingParams, VerificationMode
 from picospec.sampling import distribution, noise
@@ -36,8 +36,8 @@ def law_of(
     exact: bool = True,
     sparse_k: int = 64,
     width: int = 16,
-) -> VerificationLaw:
-    return VerificationLaw(mode, sampling or SamplingParams(), exact, sparse_k, width)
+) -> VerificationParams:
+    return VerificationParams(mode, sampling or SamplingParams(), exact, sparse_k, width)
 
 
 # ------------------------------------------------------------------ torch equals numpy
@@ -100,9 +100,9 @@ def test_torch_process_equals_numpys(params: SamplingParams, device: str) -> Non
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [1.0, math.inf], [-math.inf, -math.inf]])
 @pytest.mark.parametrize("name", ["plain", "greedy", "top_k", "top_p", "presence"])
 def test_logits_without_a_law_are_refused(bad: list[float], name: str) -> None:
-    with pytest.raises(NumericalError, match="no law"):
+    with pytest.raises(NumericalError, match="do not define a probability distribution"):
         process_on_device(torch.tensor(bad), PARAMS[name], NONE, NONE)
-    with pytest.raises(NumericalError, match="no law"):
+    with pytest.raises(NumericalError, match="do not define a probability distribution"):
         verify(torch.tensor([bad]), law_of(COUPLED, PARAMS[name], width=2), 0, [], [])
 
 

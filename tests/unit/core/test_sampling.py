@@ -185,7 +185,7 @@ def test_minus_infinity_excludes_a_token() -> None:
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [1.0, math.inf], [-math.inf, -math.inf]])
 @pytest.mark.parametrize("name", ["plain", "greedy", "top_k", "top_p", "presence"])
 def test_logits_without_a_law_are_refused(bad: list[float], name: str) -> None:
-    with pytest.raises(NumericalError, match="no law"):
+    with pytest.raises(NumericalError, match="do not define a probability distribution"):
         process(np.array(bad, np.float32), PARAMS[name], NONE, NONE)
 
 

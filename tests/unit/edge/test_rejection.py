@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_server.engine import torch_noise, verification
-from cloud_server.engine.torch_sampling import TargetDistribution
-from cloud_server.engine.verification import StepKind, VerificationLaw, verify
+from cloud_server.engine.judging import torch_noise, verification
+from cloud_server.engine.judging.torch_sampling import TargetDistribution
+from cloud_server.engine.judging.verification import StepKind, VerificationParams, verify
 from edge_agent.drafting import rejection
 from edge_agent.drafting.rejection import MAX_TAIL_ATTEMPTS, RejectionSampler
 from picospec.protocol.messages import Rejection, SamplingParams, VerificationMode
@@ -119,7 +119,7 @@ def output_law(
     exact: bool = True,
 ) -> np.ndarray:
     """The law of one position's committed token, after a draft from `drafter`."""
-    law = VerificationLaw(VerificationMode.SPLIT, SamplingParams(), exact, sparse_k, 3)
+    law = VerificationParams(VerificationMode.SPLIT, SamplingParams(), exact, sparse_k, 3)
     judged = TargetDistribution(None, torch.from_numpy(target))
     monkeypatch.setattr(verification, "process", lambda *_: judged)
     logits = torch.zeros(2, 3)

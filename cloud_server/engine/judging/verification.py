@@ -1,6 +1,6 @@
 """Judging drafts: one session's logits in, what one verification step decided out.
 
-The laws of this file (docs/protocol.md has them in full):
+The rules of this file (docs/protocol.md has them in full):
 1. Split: a draft x is accepted while u < P(x) / q(x). At the first rejection nothing is drawn;
    the edge gets the Rejection and draws the recovered token. After full acceptance nothing
    more is emitted.
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cloud_server.engine.torch_sampling import (
+from cloud_server.engine.judging.torch_sampling import (
     TargetDistribution,
     check_finite,
     penalised,
@@ -49,7 +49,7 @@ class StepKind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class VerificationLaw:
+class VerificationParams:
     """How one session is judged, as its Open said.
 
     `exact` and `sparse_k` shape the Rejection of split mode (`sparse_k` 0: all of P). Not
@@ -63,7 +63,7 @@ class VerificationLaw:
     logits_width: int  # logits beyond it are padding
 
     @classmethod
-    def of(cls, opening: Open, logits_width: int) -> VerificationLaw:
+    def of(cls, opening: Open, logits_width: int) -> VerificationParams:
         """What `opening` asks for."""
         return cls(opening.mode, opening.sampling, opening.exact, opening.sparse_k, logits_width)
 
@@ -79,7 +79,7 @@ class StepResult:
 
 def verify(
     logits: torch.Tensor,
-    law: VerificationLaw,
+    params: VerificationParams,
     position: int,
     draft_token_ids: Sequence[int],
     draft_probs: Sequence[float],
@@ -94,44 +94,46 @@ def verify(
     `position + i`, where draft i stands. `draft_probs` are the k values q(x), split only.
     Prompt and output (all tokens before `position`) are looked at only with penalties.
     `attempt` is the number of the tail sample a PROBE asks for. Raises NumericalError where
-    logits that matter define no law.
+    logits that matter do not define a probability distribution.
 
     With two drafts of which the second is rejected at position 8 in coupled mode,
-    `verify(logits, law, 7, [5, 6], ())` is `StepResult(1, (recovered,))`.
+    `verify(logits, params, 7, [5, 6], ())` is `StepResult(1, (recovered,))`.
     """
-    rows = logits[: len(draft_token_ids) + 1, : law.logits_width]
-    params = law.sampling
-    if params.temperature < GREEDY_TEMPERATURE and not params.has_penalties:
-        scores = penalised(rows, params, prompt_token_ids, output_token_ids)
-        return _verify_greedy(scores, law.mode, draft_token_ids, step)
+    rows = logits[: len(draft_token_ids) + 1, : params.logits_width]
+    sampling = params.sampling
+    if sampling.temperature < GREEDY_TEMPERATURE and not sampling.has_penalties:
+        scores = penalised(rows, sampling, prompt_token_ids, output_token_ids)
+        return _verify_greedy(scores, params.mode, draft_token_ids, step)
 
     def target(index: int) -> TargetDistribution:
         output = output_token_ids
-        if params.has_penalties and index:
+        if sampling.has_penalties and index:
             output = np.concatenate([output, np.asarray(draft_token_ids[:index], np.int64)])
-        return process(rows[index], params, prompt_token_ids, output)
+        return process(rows[index], sampling, prompt_token_ids, output)
+
+    def rejected(index: int, distribution: TargetDistribution, attempt: int) -> StepResult:
+        where = (sampling.seed, position + index, attempt)
+        return StepResult(
+            index, rejection=distribution.rejection(params.sparse_k, params.exact, *where)
+        )
 
     num_drafts = len(draft_token_ids)
-    if law.mode is VerificationMode.COUPLED:
+    if params.mode is VerificationMode.COUPLED:
         for index in range(num_drafts + 1):
-            token_id = target(index).draw(params.seed, position + index, Purpose.COUPLED)
+            token_id = target(index).draw(sampling.seed, position + index, Purpose.COUPLED)
             if index == num_drafts or token_id != draft_token_ids[index]:
                 return StepResult(index, (token_id,))
     if step is StepKind.FIRST:
-        return StepResult(0, (target(0).draw(params.seed, position, Purpose.FIRST),))
+        return StepResult(0, (target(0).draw(sampling.seed, position, Purpose.FIRST),))
     for index, (draft_token_id, draft_prob) in enumerate(
         zip(draft_token_ids, draft_probs, strict=True)
     ):
         distribution = target(index)
-        u = uniform(params.seed, position + index, Purpose.ACCEPT)
+        u = uniform(sampling.seed, position + index, Purpose.ACCEPT)
         if not accept(u, distribution.prob(draft_token_id), draft_prob):
-            rejection = distribution.rejection(
-                law.sparse_k, law.exact, params.seed, position + index, 0
-            )
-            return StepResult(index, (), rejection)
+            return rejected(index, distribution, attempt=0)
     if step is StepKind.PROBE:
-        rejection = target(0).rejection(law.sparse_k, law.exact, params.seed, position, attempt)
-        return StepResult(0, (), rejection)
+        return rejected(0, target(0), attempt)
     return StepResult(num_drafts)
 
 

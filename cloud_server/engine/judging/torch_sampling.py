@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cloud_server.engine import torch_noise
+from cloud_server.engine.judging import torch_noise
 from picospec.errors import NumericalError
 from picospec.protocol.messages import Rejection, SamplingParams
 from picospec.sampling import distribution
@@ -86,7 +86,7 @@ def process(
 ) -> TargetDistribution:
     """`distribution.process` for one row of logits [vocab_size], which stays as it is.
 
-    Raises NumericalError where the logits define no law.
+    Raises NumericalError where the logits do not define a probability distribution.
     """
     if logits.device.type != "cpu":
         return process_on_device(logits, params, prompt_token_ids, output_token_ids)
@@ -119,7 +119,9 @@ def process_on_device(
 def check_finite(peaks: torch.Tensor) -> None:
     """Raises NumericalError unless each row's highest logit is finite."""
     if not bool(torch.isfinite(peaks).all()):
-        raise NumericalError("the target's logits define no law: NaN, +inf or nothing but -inf")
+        raise NumericalError(
+            "the target's logits do not define a probability distribution: NaN, +inf or only -inf"
+        )
 
 
 def penalised(
