@@ -15,9 +15,9 @@ import asyncio
 from dataclasses import dataclass
 from time import monotonic
 
-from cloud_server.engine.interface import EngineEvent
+from cloud_server.engine.interface import EngineEvent, Prefilled
 from picospec.errors import CapacityError, DeadlineExceeded, PicoSpecError
-from picospec.protocol.messages import Opened, Verdict
+from picospec.protocol.messages import Verdict
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +25,7 @@ class Call:
     """One generation: its outbound frames, its end and what the log tells about it."""
 
     key: str  # the engine's session_key: unique for its lifetime
-    outbound: asyncio.Queue[Opened | Verdict]
+    outbound: asyncio.Queue[Prefilled | Verdict]
     ended: asyncio.Future[PicoSpecError | None]  # None: ended well
     started_s: float  # time.monotonic; uvloop's own clock counts whole milliseconds
     heard_s: float  # when a frame last came from or went to the edge

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -22,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from cloud_server.admission import AdmittedCalls
 from cloud_server.calls import Call
-from cloud_server.engine.interface import VerificationEngine
+from cloud_server.engine.interface import Prefilled, VerificationEngine
 from cloud_server.metrics import CloudMetrics
 from cloud_server.status import Context, abort
 from picospec.errors import (
@@ -158,12 +157,10 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
         """Events of the engine to the edge, the last verdict included."""
         while True:
             event = await call.outbound.get()
-            if isinstance(event, Opened):
-                # `protocol` keeps the window, so its size is not the engine's to know.
-                event = replace(event, window=self._card.limits.max_window)
+            frame = self._opened(event, protocol) if isinstance(event, Prefilled) else event
             # Before it is on its way: the edge may answer faster than the write returns.
-            protocol.send(event)
-            message = codec.encode_cloud(event)
+            protocol.send(frame)
+            message = codec.encode_cloud(frame)
             try:
                 await context.write(message)
             except (grpc.aio.InternalError, grpc.aio.UsageError):
@@ -172,15 +169,27 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
                 return
             now = call.heard_s = monotonic()
             self._metrics.frame_sent(message.ByteSize())
-            if isinstance(event, Opened):
-                self._metrics.opened(event)
+            if isinstance(frame, Opened):
+                self._metrics.opened(frame)
                 call.prefilling = False
-                call.first_position = call.end_position = event.first_position
+                call.first_position = call.end_position = frame.first_position
                 continue
-            self._count(call, event, now)
-            if event.finish_reason is not None:
-                call.end(event.finish_reason.value)
+            self._count(call, frame, now)
+            if frame.finish_reason is not None:
+                call.end(frame.finish_reason.value)
                 return
+
+    def _opened(self, prefilled: Prefilled, protocol: CloudSession) -> Opened:
+        """What the engine reports, and the limits that hold for this generation."""
+        assert protocol.request is not None
+        limits = self._card.limits
+        return Opened(
+            first_position=prefilled.first_position,
+            cached_prompt_tokens=prefilled.cached_prompt_tokens,
+            max_draft_tokens=limits.max_draft_tokens,
+            window=limits.max_window,
+            sparse_k=protocol.request.sparse_k,
+        )
 
     def _count(self, call: Call, verdict: Verdict, now: float) -> None:
         if call.num_verdicts == 0:

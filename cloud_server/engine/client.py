@@ -2,7 +2,7 @@
 
 This process holds vLLM's asynchronous core client and nothing else of vLLM's front end: sessions
 are opened, fed and aborted with the core's own ADD and ABORT messages, in order, without replies;
-what the scheduler decides comes back as `Opened` and `Verdict`.
+what the scheduler decides comes back as `Prefilled` and `Verdict`.
 """
 
 from __future__ import annotations

@@ -10,9 +10,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from picospec.errors import PicoSpecError
-from picospec.protocol.messages import Draft, ModelCard, Open, Opened, Verdict
+from picospec.protocol.messages import Draft, ModelCard, Open, Verdict
 
-EngineEvent = Opened | Verdict | PicoSpecError  # an error ends the session
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The prompt is in the KV cache: a session's first event."""
+
+    first_position: int  # of the output that the verdicts commit
+    cached_prompt_tokens: int = 0
+
+
+EngineEvent = Prefilled | Verdict | PicoSpecError  # an error ends the session
 EngineSink = Callable[[EngineEvent], None]  # called on the event loop; must not block
 
 
@@ -41,7 +50,7 @@ class VerificationEngine(Protocol):
         ...
 
     async def open(self, session_key: str, request: Open, sink: EngineSink) -> None:
-        """Admit a session; its events go to `sink`, in order, Opened first.
+        """Admit a session; its events go to `sink`, in order, Prefilled first.
 
         `session_key` is unique for the engine's lifetime. Raises CloudUnavailable if the
         engine is dead.

@@ -38,12 +38,12 @@ from cloud_server.engine.envelope import (
     unwrap,
     wrap,
 )
-from cloud_server.engine.interface import EngineEvent, EngineStats
+from cloud_server.engine.interface import EngineEvent, EngineStats, Prefilled
 from cloud_server.engine.judging.verification import StepKind, StepResult, VerificationParams
 from cloud_server.engine.step_padding import Padding
 from picospec.errors import NumericalError
 from picospec.protocol.draft_queue import DraftQueue
-from picospec.protocol.messages import AssistPolicy, FinishReason, Open, Opened, Rejection, Verdict
+from picospec.protocol.messages import AssistPolicy, FinishReason, Open, Rejection, Verdict
 
 _FINISH_REASONS = {
     VLLMFinishReason.STOP: FinishReason.STOP,
@@ -470,27 +470,12 @@ class VerificationScheduler(Scheduler):
         events: list[EngineEvent] = [verdict]
         if not session.opened:
             session.opened = True
-            events.insert(0, self._opened(session, plan, output))
+            events.insert(0, _prefilled(session, plan, output))
         session.queue.judged(rejected=rejection is not None)
         if output is None:
             self._emit(session.request, events)
         else:
             output.kv_transfer_params = wrap(events)
-
-    def _opened(
-        self, session: EngineSession, plan: StepPlan, output: EngineCoreOutput | None
-    ) -> Opened:
-        # vLLM hands the statistics out with the first token; a probe has none.
-        prefill = (
-            output.prefill_stats if output is not None else session.request.take_prefill_stats()
-        )
-        return Opened(
-            first_position=plan.position,
-            cached_prompt_tokens=prefill.num_cached_tokens if prefill is not None else 0,
-            max_draft_tokens=self._max_draft_tokens,
-            window=0,  # the servicer's to say
-            sparse_k=session.opening.sparse_k,
-        )
 
     # -- what vLLM's own speculation would do --------------------------------------------------
 
@@ -533,3 +518,11 @@ class VerificationScheduler(Scheduler):
         if session is not None:
             session.evicted()
         super()._preempt_request(request, *args, **kwargs)
+
+
+def _prefilled(
+    session: EngineSession, plan: StepPlan, output: EngineCoreOutput | None
+) -> Prefilled:
+    # vLLM hands the statistics out with the first token; a probe has none.
+    stats = output.prefill_stats if output is not None else session.request.take_prefill_stats()
+    return Prefilled(plan.position, stats.num_cached_tokens if stats is not None else 0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cloud_server.engine.interface import EngineSink, EngineStats
+from cloud_server.engine.interface import EngineSink, EngineStats, Prefilled
 from picospec.errors import CloudUnavailable, PicoSpecError
 from picospec.protocol.draft_queue import DraftQueue, Work
 from picospec.protocol.messages import (
@@ -23,7 +23,6 @@ from picospec.protocol.messages import (
     Limits,
     ModelCard,
     Open,
-    Opened,
     Rejection,
     Verdict,
     VerificationMode,
@@ -201,11 +200,8 @@ class _Sequence:
             self._schedule()
 
     def _prefill(self) -> Verdict:
-        limits = self.engine.card.limits
         position = len(self.committed)
-        self._emit(
-            Opened(position, 0, limits.max_draft_tokens, window=0, sparse_k=self.request.sparse_k)
-        )
+        self._emit(Prefilled(first_position=position))
         if self.request.probe:
             self.queue.judged(rejected=True)
             return Verdict(0, position, rejection=self._rejection(), num_forwards=1)
@@ -259,7 +255,7 @@ class _Sequence:
         token_id = self.engine.target(self.committed)
         return Rejection(np.array([token_id], np.int32), np.ones(1, np.float32))
 
-    def _emit(self, event: Opened | Verdict) -> None:
+    def _emit(self, event: Prefilled | Verdict) -> None:
         if isinstance(event, Verdict) and event.finish_reason is not None:
             self.engine.forget(self.key)
         if not self.engine.mute:

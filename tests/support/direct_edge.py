@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cloud_server.engine.interface import EngineEvent, VerificationEngine
+from cloud_server.engine.interface import EngineEvent, Prefilled, VerificationEngine
 from edge_agent.drafting.rejection import RejectionSampler
 from picospec.errors import PicoSpecError
 from picospec.protocol.messages import (
@@ -22,7 +22,6 @@ from picospec.protocol.messages import (
     Draft,
     FinishReason,
     Open,
-    Opened,
     Rejection,
     SamplingParams,
     Verdict,
@@ -43,7 +42,6 @@ class Outcome:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     verdicts: list[Verdict] = field(default_factory=list)
-    opened: Opened | None = None
 
     @property
     def accepted(self) -> int:
@@ -135,8 +133,7 @@ class _Edge:
             event = await asyncio.wait_for(self._events.get(), 60)
             if isinstance(event, PicoSpecError):
                 raise event
-            if isinstance(event, Opened):
-                self.outcome.opened = event
+            if isinstance(event, Prefilled):
                 continue
             self.outcome.verdicts.append(event)
             return event

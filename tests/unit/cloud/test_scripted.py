@@ -6,9 +6,9 @@ import asyncio
 import doctest
 
 from cloud_server.engine import scripted
-from cloud_server.engine.interface import EngineEvent, VerificationEngine
+from cloud_server.engine.interface import EngineEvent, Prefilled, VerificationEngine
 from cloud_server.engine.scripted import ScriptedEngine, toy_target
-from picospec.protocol.messages import Draft, FinishReason, Opened, Verdict, VerificationMode
+from picospec.protocol.messages import Draft, FinishReason, Verdict, VerificationMode
 from tests.support.cloud import an_open
 
 
@@ -35,7 +35,7 @@ async def test_coupled_accepts_then_goes_on() -> None:
         tokens.append(toy_target(tokens))
     good = tuple(tokens[4:6])
     events = await events_of(ScriptedEngine(), Draft(0, 4, good))
-    assert isinstance(events[0], Opened)
+    assert isinstance(events[0], Prefilled)
     assert events[0].first_position == 3
     assert events[1:] == [
         Verdict(0, 3, token_ids=(tokens[3],), num_forwards=1),
