@@ -10,7 +10,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,16 @@ import openai
 import pytest
 import uvloop
 
-from cloud_server.engine.scripted import SCRIPTED_CARD, ScriptedEngine
+from cloud_server.engine.scripted import ScriptedEngine
 from edge_agent import config as edge_config
 from edge_agent.server import EdgeServer
+from tests.support.builders import make_card_for
 from tests.support.cloud import Cloud, running_cloud
 from tests.support.edge_api import TOKENIZER, eventually
 from tests.support.tiny_tokenizer import TEMPLATE, tokenizer_json
 
 WORDS = TOKENIZER.encode(" the quick brown fox jumps over the lazy dog and says").tolist()
-CARD = replace(
-    SCRIPTED_CARD,
-    model_id="scripted/words",
-    logits_width=TOKENIZER.size,
-    tokenizer_fingerprint=TOKENIZER.fingerprint,
-    chat_template_fingerprint=TOKENIZER.chat_template_fingerprint,
-    eos_token_ids=(2,),
-)
+CARD = make_card_for(TOKENIZER, model_id="scripted/words")
 MESSAGES = [{"role": "user", "content": "say it"}]
 
 

@@ -16,22 +16,20 @@ from cloud_server.engine.client import VLLMEngine
 from picospec.protocol.messages import (
     Draft,
     FinishReason,
-    Open,
     SamplingParams,
     Verdict,
     VerificationMode,
 )
 from picospec.sampling.distribution import Distribution
 from tests.integration.conftest import TINY_KV_BLOCKS, TINY_MAX_MODEL_LEN
+from tests.support.builders import COUPLED, GREEDY, SPLIT, make_open
 from tests.support.direct_edge import DraftLaw, Outcome, generate
 from tests.support.reference import Reference
 from tests.support.tiny import EOS_TOKEN_ID, VOCAB_SIZE
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
-SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 PROMPT = [1, 2, 3, 4, 5]
-GREEDY = SamplingParams(temperature=0.0)
 
 
 def one_hot(token_id: int) -> Distribution:
@@ -332,11 +330,11 @@ async def test_aborted_sessions_free_their_memory(tiny_engine: VLLMEngine) -> No
 
 
 async def test_late_and_unknown_deliveries_are_ignored(tiny_engine: VLLMEngine) -> None:
-    await tiny_engine.deliver("never-opened", Draft(0, 5, (1,)), time.monotonic())
+    await tiny_engine.deliver("never-opened", Draft(0, 5, token_ids=(1,)), time.monotonic())
     session = _Held(tiny_engine, "late")
     await session.open()
     await session.close()
-    await tiny_engine.deliver("late", Draft(0, 6, (1,)), time.monotonic())
+    await tiny_engine.deliver("late", Draft(0, 6, token_ids=(1,)), time.monotonic())
     await tiny_engine.abort("late")
     outcome = await generate(
         tiny_engine, PROMPT, no_drafts, mode=COUPLED, max_tokens=3, sampling=GREEDY
@@ -372,11 +370,10 @@ class _Held:
         self.token_ids: list[int] = []
 
     async def open(self) -> None:
-        request = Open(
+        request = make_open(
             session_id=self._key,
             prompt_token_ids=np.asarray(self._prompt, np.int32),
             output_token_ids=np.empty(0, np.int32),
-            sampling=GREEDY,
             mode=self._mode,
             max_tokens=100,
         )
@@ -393,7 +390,9 @@ class _Held:
         position = len(self._prompt) + len(self.token_ids)
         probs = (1.0,) * (len(token_ids) - num_forced)
         self.token_ids += token_ids
-        draft = Draft(epoch, position, token_ids, probs, num_forced)
+        draft = Draft(
+            epoch, position, token_ids=token_ids, draft_probs=probs, num_forced=num_forced
+        )
         await self._engine.deliver(self._key, draft, time.monotonic())
 
     async def next(self) -> Verdict:

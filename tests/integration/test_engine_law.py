@@ -21,6 +21,7 @@ from scipy import stats
 from cloud_server.engine.client import VLLMEngine
 from picospec.protocol.messages import SamplingParams, VerificationMode
 from picospec.sampling.distribution import Distribution
+from tests.support.builders import COUPLED, SPLIT
 from tests.support.direct_edge import generate
 from tests.support.reference import Reference
 from tests.support.tiny import VOCAB_SIZE
@@ -32,7 +33,6 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 PROMPT = [1, 2, 3, 4, 5]
 NUM_SAMPLES = 20_000
 CONCURRENCY = 64

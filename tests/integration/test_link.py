@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 
 from edge_agent.link import MAX_PENDING_FRAMES, CloudLink
@@ -23,28 +22,22 @@ from picospec.errors import (
 )
 from picospec.protocol import codec
 from picospec.protocol.messages import (
-    EMPTY_TOKENS,
     Draft,
     Finish,
     FinishReason,
-    Limits,
-    ModelCard,
     Open,
-    Opened,
-    SamplingParams,
     Verdict,
-    VerificationMode,
 )
 from picospec.v1 import speculation_pb2 as pb
 from picospec.v1 import speculation_pb2_grpc
+from tests.support.builders import SAMPLED, SPLIT, make_card, make_open, make_opened
 
-CARD = ModelCard("m", 32, "f", "", (0,), 128, (VerificationMode.SPLIT,), Limits(), 1)
-OPEN = Open(
-    "r-1",
-    np.array([1, 2], np.int32),
-    EMPTY_TOKENS,
-    SamplingParams(),
-    VerificationMode.SPLIT,
+CARD = make_card(logits_width=32, max_model_len=128, modes=(SPLIT,))
+OPEN = make_open(
+    session_id="r-1",
+    prompt_token_ids=(1, 2),
+    sampling=SAMPLED,
+    mode=SPLIT,
     max_tokens=8,
 )
 Serve = Callable[[Any], Awaitable[None]]
@@ -80,9 +73,9 @@ class TinyCloud(speculation_pb2_grpc.SpeculationServiceServicer):
             self.received.append(frame)
             match frame:
                 case Open():
-                    await context.write(codec.encode_cloud(Opened(2, 0, 16, 64, 64)))
+                    await context.write(codec.encode_cloud(make_opened(first_position=2)))
                 case Draft():
-                    verdict = Verdict(0, 2, 1, (), None, FinishReason.STOP)
+                    verdict = Verdict(0, 2, num_accepted=1, finish_reason=FinishReason.STOP)
                     await context.write(codec.encode_cloud(verdict))
                     return
 
@@ -119,11 +112,11 @@ async def test_a_stream_carries_frames_both_ways(link: CloudLink, cloud: TinyClo
     stream = link.open_stream("r-1")
     stream.send(OPEN)
     opened = await stream.receive()
-    assert opened == Opened(2, 0, 16, 64, 64)
-    draft = Draft(0, 2, (5,), (0.5,))
+    assert opened == make_opened(first_position=2)
+    draft = Draft(0, 2, token_ids=(5,), draft_probs=(0.5,))
     stream.send(draft)
     verdict = await stream.receive()
-    assert verdict == Verdict(0, 2, 1, (), None, FinishReason.STOP)
+    assert verdict == Verdict(0, 2, num_accepted=1, finish_reason=FinishReason.STOP)
     assert await stream.receive() is None
     assert cloud.metadata["x-request-id"] == "r-1"
     assert cloud.received[1:] == [draft]
@@ -239,17 +232,23 @@ async def test_a_new_epoch_overtakes_what_waits_of_older_ones(
 
     cloud.serve = listen
     stream = link.open_stream("r-1")
-    first, last = Draft(0, 2, (1,), (0.5,)), Draft(2, 4, (7,), (0.5,))
+    first = Draft(0, 2, token_ids=(1,), draft_probs=(0.5,))
+    last = Draft(2, 4, token_ids=(7,), draft_probs=(0.5,))
     stream.send(OPEN)
     stream.send(first)
-    stream.send(Draft(0, 3, (2,), (0.5,)))
-    stream.send(Draft(1, 2, (4,), (0.5,)))
-    stream.send(Draft(1, 3, (5,), (0.5,)))
-    stream.send(Draft(2, 3, (6,), (0.5,)))
+    stream.send(Draft(0, 3, token_ids=(2,), draft_probs=(0.5,)))
+    stream.send(Draft(1, 2, token_ids=(4,), draft_probs=(0.5,)))
+    stream.send(Draft(1, 3, token_ids=(5,), draft_probs=(0.5,)))
+    stream.send(Draft(2, 3, token_ids=(6,), draft_probs=(0.5,)))
     stream.send(last)
     async with asyncio.timeout(5):
         await arrived.wait()
-    assert cloud.received[1:] == [first, Draft(1, 2, (4,), (0.5,)), Draft(2, 3, (6,), (0.5,)), last]
+    assert cloud.received[1:] == [
+        first,
+        Draft(1, 2, token_ids=(4,), draft_probs=(0.5,)),
+        Draft(2, 3, token_ids=(6,), draft_probs=(0.5,)),
+        last,
+    ]
     await stream.aclose()
 
 
@@ -261,7 +260,7 @@ async def test_a_cloud_that_takes_no_frames(link: CloudLink, cloud: TinyCloud) -
 
     cloud.serve = take_nothing
     stream = link.open_stream("r-1")
-    big = Draft(0, 2, tuple(range(20_000)), ())
+    big = Draft(0, 2, token_ids=tuple(range(20_000)))
     for _ in range(MAX_PENDING_FRAMES + 2):
         stream.send(big)
     async with asyncio.timeout(2):

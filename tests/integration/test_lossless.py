@@ -29,6 +29,7 @@ from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
 from picospec.performance.costs import Scheme
 from picospec.protocol.messages import ModelCard, SamplingParams, VerificationMode
+from tests.support.builders import GREEDY
 from tests.support.machine import edge_core, model_folder
 from tests.support.stock import generate_greedily
 
@@ -40,7 +41,6 @@ pytestmark = [
 ]
 
 NUM_TOKENS = 64
-GREEDY = SamplingParams(temperature=0.0)
 CONCURRENCY = 6
 FULL = os.environ.get("PICOSPEC_FULL_MATRIX") == "1"
 DRAFTERS = ("draft-int4", "draft-int8", "ngram")

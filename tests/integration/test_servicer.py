@@ -19,13 +19,12 @@ from picospec.protocol.messages import (
     Draft,
     Finish,
     FinishReason,
-    Opened,
     VerificationMode,
 )
 from picospec.v1 import speculation_pb2 as pb
-from tests.support.cloud import Cloud, RawStream, an_open, greedy_generation, running_cloud
+from tests.support.builders import COUPLED, SPLIT, make_open, make_opened
+from tests.support.cloud import Cloud, RawStream, greedy_generation, running_cloud
 
-SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 FIRST = 4  # position of the second output token: where the first draft goes
 
 
@@ -42,10 +41,10 @@ async def test_get_model_describes_the_engine(cloud: Cloud) -> None:
 
 async def test_opened_tells_the_limits(cloud: Cloud) -> None:
     stream = cloud.stream()
-    await stream.send(an_open())
+    await stream.send(make_open())
     limits = cloud.engine.card.limits
-    assert await stream.receive() == Opened(
-        3, 0, limits.max_draft_tokens, limits.max_window, sparse_k=64
+    assert await stream.receive() == make_opened(
+        max_draft_tokens=limits.max_draft_tokens, window=limits.max_window
     )
 
 
@@ -54,7 +53,7 @@ async def test_opened_tells_the_limits(cloud: Cloud) -> None:
 async def test_output_is_the_targets_whatever_is_drafted(
     cloud: Cloud, mode: VerificationMode, good: int
 ) -> None:
-    request = an_open(mode=mode, max_tokens=24)
+    request = make_open(mode=mode, max_tokens=24)
     output, num_verdicts = await greedy_generation(cloud.stream(), request, toy_target, good=good)
     expected = request.prompt_token_ids.tolist()
     for _ in range(24):
@@ -69,7 +68,7 @@ async def test_output_is_the_targets_whatever_is_drafted(
 
 async def test_an_assisted_session_goes_on_without_drafts(cloud: Cloud) -> None:
     stream = cloud.stream()
-    await stream.send(an_open(assist=AssistPolicy.ALWAYS, max_tokens=8))
+    await stream.send(make_open(assist=AssistPolicy.ALWAYS, max_tokens=8))
     await stream.call.done_writing()  # the edge may stop sending; the verdicts still come
     frames = [frame async for frame in _frames(stream)]
     assert len(frames) == 9
@@ -81,8 +80,8 @@ async def test_a_stop_token_ends_the_generation(cloud: Cloud) -> None:
     for _ in range(3):
         expected.append(toy_target(expected))
     stream = cloud.stream()
-    await stream.start(an_open(stop_token_ids=(expected[-1],)))
-    await stream.send(Draft(0, FIRST, (expected[4], expected[5], 1)))
+    await stream.start(make_open(stop_token_ids=(expected[-1],)))
+    await stream.send(Draft(0, FIRST, token_ids=(expected[4], expected[5], 1)))
     verdict = await stream.verdict()
     assert (verdict.num_accepted, verdict.finish_reason) == (2, FinishReason.STOP)
     assert await stream.receive() is None
@@ -100,12 +99,12 @@ async def test_finish_ends_the_generation_well(cloud: Cloud) -> None:
 async def test_late_and_duplicate_frames_are_dropped_and_counted(cloud: Cloud) -> None:
     stream = cloud.stream()
     await stream.start()
-    await stream.send(Draft(0, FIRST, (1, 2, 3)))
+    await stream.send(Draft(0, FIRST, token_ids=(1, 2, 3)))
     await stream.verdict()
-    await stream.send(Draft(1, FIRST + 1, (5,)))
+    await stream.send(Draft(1, FIRST + 1, token_ids=(5,)))
     await stream.verdict()
-    await stream.send(Draft(0, FIRST + 3, (9, 9)))  # of an epoch that is over
-    await stream.send(Draft(1, FIRST + 1, (5,)))  # again
+    await stream.send(Draft(0, FIRST + 3, token_ids=(9, 9)))  # of an epoch that is over
+    await stream.send(Draft(1, FIRST + 1, token_ids=(5,)))  # again
     await stream.send(Finish())
     assert await stream.receive() is None
     await cloud.until_idle()
@@ -160,7 +159,7 @@ async def test_an_edge_that_does_not_read_is_given_up() -> None:
     async with running_cloud(engine, channel_options=narrow, outbound_frames_max=8) as cloud:
         for number in range(1, 6):
             stream = cloud.stream()
-            await stream.send(an_open(assist=AssistPolicy.ALWAYS, max_tokens=10**5))
+            await stream.send(make_open(assist=AssistPolicy.ALWAYS, max_tokens=10**5))
             await _until(
                 lambda wanted=number: (
                     cloud.metric("picospec_cloud_sessions_total", outcome="slow_reader") == wanted
@@ -184,7 +183,7 @@ async def test_the_engines_error_reaches_the_edge() -> None:
     async with running_cloud(engine) as cloud:
         engine.open_error = CapacityError("no blocks", retry_after_s=2.5)
         stream = cloud.stream()
-        await stream.send(an_open())
+        await stream.send(make_open())
         refusal = await stream.failure()
         assert (refusal.code, refusal.retry_after_s) == ("RESOURCE_EXHAUSTED", 2.5)
         engine.open_error = None
@@ -202,7 +201,7 @@ async def test_a_bug_is_not_shown_to_the_edge(cloud: Cloud, caplog: Any) -> None
     cloud.engine.deliver = broken  # type: ignore[method-assign]
     stream = cloud.stream()
     await stream.start()
-    await stream.send(Draft(0, FIRST, (1,)))
+    await stream.send(Draft(0, FIRST, token_ids=(1,)))
     refusal = await stream.failure()
     assert (refusal.code, refusal.message) == ("INTERNAL", "Internal error")
     assert "secret detail" in caplog.text
@@ -237,7 +236,7 @@ async def test_leaving_at_any_moment_leaves_nothing_behind() -> None:
 
 async def _generation(cloud: Cloud, rng: random.Random, cancel_after_s: float | None) -> None:
     stream = cloud.stream()
-    request = an_open(mode=rng.choice([SPLIT, COUPLED]), max_tokens=20)
+    request = make_open(mode=rng.choice([SPLIT, COUPLED]), max_tokens=20)
     generation = greedy_generation(stream, request, toy_target, good=1)
     if cancel_after_s is None:
         await generation

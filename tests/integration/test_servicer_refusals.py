@@ -10,11 +10,11 @@ import pytest
 
 from cloud_server.engine.scripted import ScriptedEngine
 from picospec.protocol import codec
-from picospec.protocol.messages import AssistPolicy, Draft, SamplingParams, VerificationMode
+from picospec.protocol.messages import AssistPolicy, Draft, SamplingParams
 from picospec.v1 import speculation_pb2 as pb
-from tests.support.cloud import Cloud, RawStream, an_open, running_cloud
+from tests.support.builders import SPLIT, make_open
+from tests.support.cloud import Cloud, RawStream, running_cloud
 
-SPLIT = VerificationMode.SPLIT
 FIRST = 4  # position of the second output token: where the first draft goes
 
 
@@ -65,7 +65,7 @@ async def test_a_bad_open_is_refused_by_field(
     cloud: Cloud, changes: dict[str, Any], code: str, field: str
 ) -> None:
     stream = cloud.stream()
-    await stream.send(an_open(**changes))
+    await stream.send(make_open(**changes))
     refusal = await stream.failure()
     assert (refusal.code, refusal.fields) == (code, (field,)), refusal
     assert cloud.engine.opened == []
@@ -74,7 +74,7 @@ async def test_a_bad_open_is_refused_by_field(
 
 
 def _open_message(**changes: Any) -> pb.GenerateRequest:
-    message = codec.EdgeEncoder().encode(an_open())
+    message = codec.EdgeEncoder().encode(make_open())
     for name, value in changes.items():
         setattr(message.open, name, value)
     return message
@@ -120,7 +120,7 @@ async def test_bytes_that_are_no_message_are_refused(cloud: Cloud) -> None:
 async def test_a_message_that_is_too_large_is_refused() -> None:
     async with running_cloud(max_message_bytes=1000) as cloud:
         stream = cloud.stream()
-        await stream.send(an_open(prompt_token_ids=np.ones(400, np.int32)))
+        await stream.send(make_open(prompt_token_ids=np.ones(400, np.int32)))
         assert (await stream.failure()).code == "RESOURCE_EXHAUSTED"
         await cloud.until_idle()
         assert cloud.engine.opened == []
@@ -130,25 +130,32 @@ INVALID, ORDER = "INVALID_ARGUMENT", "FAILED_PRECONDITION"
 BASE = "draft.base_position"
 # What is sent after the first verdict of a split session; the first draft belongs at FIRST.
 BAD_FRAMES: list[tuple[Any, str, str]] = [
-    (an_open(), ORDER, "open"),
-    (Draft(0, FIRST, (64,), (0.5,)), INVALID, "draft.token_ids"),
-    (Draft(0, FIRST, (2**32 - 1,), (0.5,)), INVALID, "draft.token_ids"),
-    (Draft(0, FIRST, (1,) * 17, (0.5,) * 17), INVALID, "draft.token_ids"),
-    (Draft(0, FIRST, (1,), ()), INVALID, "draft.draft_probs"),
-    (Draft(0, FIRST, (1,), (0.5, 0.5)), INVALID, "draft.draft_probs"),
-    *((Draft(0, FIRST, (1,), (q,)), INVALID, "draft.draft_probs") for q in (NAN, INF, 0, -1, 1.5)),
-    (Draft(0, FIRST, (1, 2), num_forced=2), INVALID, "draft.num_forced"),
-    (Draft(0, FIRST, (), num_forced=1), INVALID, "draft.num_forced"),
-    (Draft(0, FIRST, (1,), (0.5,), probe=1), INVALID, "draft.probe"),
+    (make_open(), ORDER, "open"),
+    (Draft(0, FIRST, token_ids=(64,), draft_probs=(0.5,)), INVALID, "draft.token_ids"),
+    (Draft(0, FIRST, token_ids=(2**32 - 1,), draft_probs=(0.5,)), INVALID, "draft.token_ids"),
+    (Draft(0, FIRST, token_ids=(1,) * 17, draft_probs=(0.5,) * 17), INVALID, "draft.token_ids"),
+    (Draft(0, FIRST, token_ids=(1,)), INVALID, "draft.draft_probs"),
+    (Draft(0, FIRST, token_ids=(1,), draft_probs=(0.5, 0.5)), INVALID, "draft.draft_probs"),
+    *(
+        (Draft(0, FIRST, token_ids=(1,), draft_probs=(q,)), INVALID, "draft.draft_probs")
+        for q in (NAN, INF, 0, -1, 1.5)
+    ),
+    (Draft(0, FIRST, token_ids=(1, 2), num_forced=2), INVALID, "draft.num_forced"),
+    (Draft(0, FIRST, num_forced=1), INVALID, "draft.num_forced"),
+    (Draft(0, FIRST, token_ids=(1,), draft_probs=(0.5,), probe=1), INVALID, "draft.probe"),
     (Draft(0, FIRST), INVALID, "draft.probe"),
-    (Draft(0, FIRST, (), probe=2**31), INVALID, "draft.probe"),
-    (Draft(0, 0, (1,), (0.5,)), INVALID, BASE),
-    (Draft(0, 2**31, (1,), (0.5,)), INVALID, BASE),
-    (Draft(1, FIRST, (1,), (0.5,)), ORDER, "draft.epoch"),
-    (Draft(0, FIRST + 1, (1,), (0.5,)), ORDER, BASE),
-    (Draft(0, 2, (1,), (0.5,)), ORDER, BASE),
-    (Draft(0, FIRST, (1,), num_forced=1), ORDER, "draft.num_forced"),
-    (Draft(0, FIRST, (1,) * 16, (0.5,) * 16), ORDER, "draft.token_ids"),  # beyond max_tokens
+    (Draft(0, FIRST, probe=2**31), INVALID, "draft.probe"),
+    (Draft(0, 0, token_ids=(1,), draft_probs=(0.5,)), INVALID, BASE),
+    (Draft(0, 2**31, token_ids=(1,), draft_probs=(0.5,)), INVALID, BASE),
+    (Draft(1, FIRST, token_ids=(1,), draft_probs=(0.5,)), ORDER, "draft.epoch"),
+    (Draft(0, FIRST + 1, token_ids=(1,), draft_probs=(0.5,)), ORDER, BASE),
+    (Draft(0, 2, token_ids=(1,), draft_probs=(0.5,)), ORDER, BASE),
+    (Draft(0, FIRST, token_ids=(1,), num_forced=1), ORDER, "draft.num_forced"),
+    (
+        Draft(0, FIRST, token_ids=(1,) * 16, draft_probs=(0.5,) * 16),
+        ORDER,
+        "draft.token_ids",  # beyond max_tokens
+    ),
     # Frames that go on where the stream's last one ended: there is none, or its epoch is told.
     (pb.GenerateRequest(draft=pb.Draft(token_ids=[1], draft_probs=[0.5])), INVALID, BASE),
     (pb.GenerateRequest(draft=pb.Draft(epoch=1, token_ids=[1])), INVALID, BASE),
@@ -162,19 +169,19 @@ async def test_a_bad_frame_ends_its_session_alone(
 ) -> None:
     bystander, offender = cloud.stream(), cloud.stream()
     await bystander.start()
-    await offender.start(an_open(mode=SPLIT))
+    await offender.start(make_open(mode=SPLIT))
     await offender.send(frame)
     refusal = await offender.failure()
     assert (refusal.code, refusal.fields) == (code, (field,)), refusal
     assert cloud.engine.delivered == []
-    await bystander.send(Draft(0, FIRST, (1, 2)))
+    await bystander.send(Draft(0, FIRST, token_ids=(1, 2)))
     assert (await bystander.verdict()).num_draft_tokens == 2
     assert cloud.engine.sessions == 1
 
 
 async def test_frames_in_the_wrong_state(cloud: Cloud) -> None:
     early = cloud.stream()
-    await early.send(Draft(0, FIRST, (1,)))
+    await early.send(Draft(0, FIRST, token_ids=(1,)))
     refusal = await early.failure()
     assert (refusal.code, refusal.fields) == (ORDER, ("draft",))
 
@@ -185,10 +192,10 @@ async def test_frames_in_the_wrong_state(cloud: Cloud) -> None:
 
     # After a rejection only the recovered token or a probe may begin the next epoch.
     rejected = cloud.stream()
-    await rejected.start(an_open(mode=SPLIT))
-    await rejected.send(Draft(0, FIRST, (63,), (0.5,)))
+    await rejected.start(make_open(mode=SPLIT))
+    await rejected.send(Draft(0, FIRST, token_ids=(63,), draft_probs=(0.5,)))
     assert (await rejected.verdict()).rejection is not None
-    await rejected.send(Draft(1, FIRST, (1,), (0.5,)))
+    await rejected.send(Draft(1, FIRST, token_ids=(1,), draft_probs=(0.5,)))
     refusal = await rejected.failure()
     assert (refusal.code, refusal.fields) == (ORDER, ("draft.num_forced",))
 
@@ -196,9 +203,9 @@ async def test_frames_in_the_wrong_state(cloud: Cloud) -> None:
 async def test_more_than_the_window_is_refused() -> None:
     async with running_cloud(ScriptedEngine(step_s=0.5)) as cloud:
         stream = cloud.stream()
-        await stream.send(an_open(max_tokens=200))
+        await stream.send(make_open(max_tokens=200))
         for frame in range(5):
-            await stream.send(Draft(0, 3 + 16 * frame, (1,) * 16))
+            await stream.send(Draft(0, 3 + 16 * frame, token_ids=(1,) * 16))
         refusal = await stream.failure()
         assert (refusal.code, refusal.fields) == (ORDER, ("draft.token_ids",))
         assert len(cloud.engine.delivered) == 4

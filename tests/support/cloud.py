@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 
 from cloud_server.config import CloudConfig, MetricsConfig, ServerConfig
@@ -23,28 +22,17 @@ from picospec.protocol.messages import (
     FinishReason,
     Open,
     Opened,
-    SamplingParams,
     Verdict,
     VerificationMode,
 )
 from picospec.v1 import speculation_pb2 as pb
 from picospec.v1 import speculation_pb2_grpc
+from tests.support.builders import make_open
 
 RECEIVE_TIMEOUT_S = 5.0
 
 
-def an_open(**changes: Any) -> Open:
-    """A legal Open: greedy, coupled, 3 prompt tokens, 16 output tokens."""
-    request = Open(
-        session_id="chat-1",
-        prompt_token_ids=np.array([3, 1, 4], np.int32),
-        output_token_ids=np.empty(0, np.int32),
-        sampling=SamplingParams(temperature=0.0),
-        mode=VerificationMode.COUPLED,
-        max_tokens=16,
-        stop_token_ids=(0,),
-    )
-    return replace(request, **changes)
+an_open = make_open
 
 
 @dataclass(slots=True)
@@ -81,7 +69,7 @@ class RawStream:
 
     async def start(self, request: Open | None = None) -> Verdict:
         """Send the Open; returns the first verdict."""
-        await self.send(an_open() if request is None else request)
+        await self.send(make_open() if request is None else request)
         assert isinstance(await self.receive(), Opened)
         return await self.verdict()
 
@@ -117,7 +105,9 @@ def failure(error: grpc.aio.AioRpcError) -> Failure:
                 fields = tuple(violation.field for violation in request.field_violations)
             if detail.Unpack(retry):
                 retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
-    return Failure(error.code().name, error.details() or "", fields, retry_after_s)
+    return Failure(
+        error.code().name, error.details() or "", fields=fields, retry_after_s=retry_after_s
+    )
 
 
 @dataclass(slots=True)
@@ -166,7 +156,7 @@ async def running_cloud(
     address = f"127.0.0.1:{cloud_server.port}"
     try:
         async with grpc.aio.insecure_channel(address, options=channel_options) as channel:
-            yield Cloud(cloud_server, engine, channel)
+            yield Cloud(cloud_server, engine, channel=channel)
     finally:
         await cloud_server.stop(asyncio.Event())
         await engine.shutdown()
@@ -194,7 +184,16 @@ async def greedy_generation(
             token_id = target([*tokens, *drafts])
             drafts.append(token_id if index < good else token_id % 63 + 1)
         probs = (1.0,) * len(drafts) if split else ()
-        await stream.send(Draft(epoch, base, (*head, *drafts), probs, len(head), True))
+        await stream.send(
+            Draft(
+                epoch,
+                base,
+                token_ids=(*head, *drafts),
+                draft_probs=probs,
+                num_forced=len(head),
+                end_of_round=True,
+            )
+        )
         verdict = await stream.verdict()
         num_verdicts += 1
         tokens += [*drafts[: verdict.num_accepted], *verdict.token_ids]

@@ -256,8 +256,8 @@ class Daemons:
         return Cloud(
             daemon,
             serving["model"],
-            int(serving["port"]),
-            f"http://127.0.0.1:{serving['metrics_port']}/metrics",
+            port=int(serving["port"]),
+            metrics_url=f"http://127.0.0.1:{serving['metrics_port']}/metrics",
         )
 
     def start_edge(self, name: str, cloud: Cloud, *flags: str) -> Edge:
@@ -278,7 +278,7 @@ class Daemons:
             {"PICOSPEC_EDGE_SERVER_API_KEY": API_KEY, "PICOSPEC_EDGE_CLOUD_TOKEN": CLOUD_TOKEN},
         )
         listening = daemon.announcement(r"listening on (?P<url>\S+)")
-        return Edge(daemon, cloud.model, listening["url"], relay)
+        return Edge(daemon, cloud.model, url=listening["url"], relay=relay)
 
     def stop(self, daemon: Daemon) -> None:
         """Before the end. Raises DaemonFailed."""

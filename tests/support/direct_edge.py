@@ -67,7 +67,14 @@ async def generate(
     output: Sequence[int] = (),
 ) -> Outcome:
     """One generation over `engine`; raises what the engine reports."""
-    edge = _Edge(engine, list(prompt), draft_law, mode, sampling, draft_length)
+    edge = _Edge(
+        engine,
+        list(prompt),
+        draft_law=draft_law,
+        mode=mode,
+        sampling=sampling,
+        draft_length=draft_length,
+    )
     edge.outcome.token_ids.extend(output)
     return await edge.run(
         Open(
@@ -140,7 +147,7 @@ class _Edge:
 
     async def _recover(self, rejection: Rejection, law: Distribution | None) -> int:
         position = len(self._context)
-        sampler = RejectionSampler(self._sampling.seed, position, law)
+        sampler = RejectionSampler(self._sampling.seed, position, draft_law=law)
         for attempt in itertools.count():
             token = sampler.offer(rejection, attempt)
             if token is not None:
@@ -171,8 +178,8 @@ class _Edge:
             Draft(
                 self._epoch,
                 base,
-                forced + tuple(token for token, _ in chain),
-                tuple(law.prob(token) for token, law in chain)
+                token_ids=forced + tuple(token for token, _ in chain),
+                draft_probs=tuple(law.prob(token) for token, law in chain)
                 if self._mode is VerificationMode.SPLIT
                 else (),
                 num_forced=len(forced),

@@ -15,20 +15,13 @@ from edge_agent.api.host import ScriptedHost
 from edge_agent.api.routes import create_app
 from edge_agent.generation import ScriptedGenerator
 from edge_agent.metrics import EdgeMetrics
-from picospec.protocol.messages import Limits, ModelCard, VerificationMode
+from picospec.protocol.messages import Limits
+from tests.support.builders import make_card_for
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-CARD = ModelCard(
-    model_id="tiny/target",
-    logits_width=TOKENIZER.size + 8,
-    tokenizer_fingerprint=TOKENIZER.fingerprint,
-    chat_template_fingerprint=TOKENIZER.chat_template_fingerprint,
-    eos_token_ids=(2,),
-    max_model_len=200,
-    modes=(VerificationMode.SPLIT, VerificationMode.COUPLED),
-    limits=Limits(max_stop_token_ids=4, max_logit_bias=3),
-    protocol_version=1,
+CARD = make_card_for(
+    TOKENIZER, padding=8, max_model_len=200, limits=Limits(max_stop_token_ids=4, max_logit_bias=3)
 )
 EOS = 2
 
@@ -65,7 +58,7 @@ async def serve(
     """Every generation answers `text` and the end of sequence."""
     token_ids = text if isinstance(text, list) else [*TOKENIZER.encode(text).tolist(), EOS]
     generator = ScriptedGenerator(token_ids, delay_s=delay_s)
-    host = ScriptedHost(TOKENIZER, generator, CARD)
+    host = ScriptedHost(TOKENIZER, generator, model=CARD)
     gate = Admission(max_concurrent, timeout_s, api_key)
     metrics = EdgeMetrics(lambda: host.drafter)
     app = create_app(host, gate, metrics, max_body_bytes=max_body_bytes)
@@ -78,7 +71,9 @@ async def serve(
     base_url = f"http://127.0.0.1:{port}"
     try:
         async with httpx.AsyncClient(base_url=base_url, timeout=10) as http:
-            yield EdgeApi(base_url, host, generator, gate, metrics, http)
+            yield EdgeApi(
+                base_url, host, generator=generator, gate=gate, metrics=metrics, http=http
+            )
     finally:
         server.force_exit = True
         await server.shutdown()

@@ -16,10 +16,10 @@ from picospec.protocol.messages import (
     EdgeFrame,
     Finish,
     FinishReason,
-    Opened,
     Rejection,
     Verdict,
 )
+from tests.support.builders import make_opened
 
 REJECTION = Rejection(np.array([3, 4], np.int32), np.array([0.5, 0.5], np.float32))
 
@@ -43,19 +43,19 @@ def test_texts_differ_where_one_ends() -> None:
 
 
 def test_speed_leaves_the_first_commit_out() -> None:
-    record = Record("a", 0, [1, 2, 3, 4, 5], ttft_s=9.0, seconds=2.0, num_first=1)
+    record = Record("a", 0, token_ids=[1, 2, 3, 4, 5], ttft_s=9.0, seconds=2.0, num_first=1)
     assert record.tokens_per_s == 2.0
-    assert Record("a", 0, [], 0.0, 0.0, error="lost").tokens_per_s == 0.0
+    assert Record("a", 0, token_ids=[], ttft_s=0.0, seconds=0.0, error="lost").tokens_per_s == 0.0
 
 
 def test_drafts_after_a_rejection_say_nothing_about_acceptance() -> None:
-    record = Record("a", 0, [], 0.0, 0.0, drafted=10, accepted=3, misses=1)
+    record = Record("a", 0, token_ids=[], ttft_s=0.0, seconds=0.0, drafted=10, accepted=3, misses=1)
     assert record.acceptance == 0.75
 
 
 async def test_a_metered_link_keeps_every_frame_and_counts_it() -> None:
-    first = Draft(0, 5, (1, 2, 3), (0.5, 0.5, 0.5), end_of_round=True)
-    second = Draft(1, 7, (4, 8), (0.5,), num_forced=1)
+    first = Draft(0, 5, token_ids=(1, 2, 3), draft_probs=(0.5, 0.5, 0.5), end_of_round=True)
+    second = Draft(1, 7, token_ids=(4, 8), draft_probs=(0.5,), num_forced=1)
     accepted = Verdict(0, 5, num_accepted=3, num_draft_tokens=3, queue_us=100, compute_us=50_000)
     rejected = Verdict(
         1, 8, rejection=REJECTION, num_draft_tokens=1, queue_us=300, compute_us=40_000
@@ -66,7 +66,7 @@ async def test_a_metered_link_keeps_every_frame_and_counts_it() -> None:
     frames: tuple[EdgeFrame, ...] = (first, second, Finish())
     for frame in frames:
         stream.send(frame)
-    scripted.streams[0].feed(Opened(5, 0, 16, 64, 64), accepted, rejected, None)
+    scripted.streams[0].feed(make_opened(first_position=5), accepted, rejected, None)
     while await stream.receive() is not None:
         pass
     assert stream.bytes_up == scripted.streams[0].bytes_up
@@ -92,9 +92,9 @@ async def test_a_restart_is_timed_from_the_rejection_before_it() -> None:
     stream = link.open_stream("one")
     scripted.streams[0].feed(Verdict(0, 5, rejection=REJECTION), Verdict(1, 6, num_accepted=1))
     await stream.receive()
-    stream.send(Draft(1, 5, (4,), num_forced=1))
+    stream.send(Draft(1, 5, token_ids=(4,), num_forced=1))
     await stream.receive()
-    stream.send(Draft(1, 6, (4,), (0.5,)))
+    stream.send(Draft(1, 6, token_ids=(4,), draft_probs=(0.5,)))
     [restart_s] = link.restarts_s
     [metered] = link.streams
     assert restart_s == metered.sent_s[0] - metered.received_s[0]
@@ -103,22 +103,26 @@ async def test_a_restart_is_timed_from_the_rejection_before_it() -> None:
 def test_the_first_token_has_an_outcome_too() -> None:
     first = Verdict(0, 5, token_ids=(7,))
     rest = Verdict(0, 6, num_accepted=2, num_draft_tokens=3)
-    assert traffic([Draft(0, 5, (7,), (0.5,))], [first, rest]).outcomes == "+++-"
-    assert traffic([Draft(0, 5, (8,), (0.5,))], [first, rest]).outcomes == "-++-"
+    assert (
+        traffic([Draft(0, 5, token_ids=(7,), draft_probs=(0.5,))], [first, rest]).outcomes == "+++-"
+    )
+    assert (
+        traffic([Draft(0, 5, token_ids=(8,), draft_probs=(0.5,))], [first, rest]).outcomes == "-++-"
+    )
     assert traffic([], [first]).outcomes == "-"
-    last = Verdict(0, 6, 1, num_draft_tokens=3, finish_reason=FinishReason.STOP)
+    last = Verdict(0, 6, num_accepted=1, num_draft_tokens=3, finish_reason=FinishReason.STOP)
     assert traffic([], [first, last]).outcomes == "-+"
 
 
 def test_a_draft_that_a_row_judged_took_no_place_in_the_forward() -> None:
     verdicts: list[CloudFrame] = [
-        Opened(5, 0, 16, 64, 64),
+        make_opened(first_position=5),
         Verdict(0, 5, token_ids=(7,), num_forwards=1, compute_us=90_000),
         # The first token was forwarded ahead, so a row judged the first of three.
-        Verdict(0, 6, 3, num_draft_tokens=3, num_forwards=2, compute_us=30_000),
-        Verdict(0, 9, 0, num_draft_tokens=1, num_forwards=0, rejection=REJECTION),  # a row alone
+        Verdict(0, 6, num_accepted=3, num_draft_tokens=3, num_forwards=2, compute_us=30_000),
+        Verdict(0, 9, num_draft_tokens=1, num_forwards=0, rejection=REJECTION),  # a row alone
         # The recovered token came with two drafts.
-        Verdict(1, 10, 2, num_draft_tokens=2, num_forwards=1, compute_us=28_000),
+        Verdict(1, 10, num_accepted=2, num_draft_tokens=2, num_forwards=1, compute_us=28_000),
     ]
     assert steps_ms(verdicts, keeps_rows=True) == [(2, 30.0), (2, 28.0)]
     assert steps_ms(verdicts, keeps_rows=False) == [(3, 30.0), (2, 28.0)]

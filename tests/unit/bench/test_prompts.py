@@ -44,10 +44,10 @@ def test_our_function_heads_are_python_with_an_example(prompt: Prompt) -> None:
 
 def test_gsm8k_and_humaneval(tmp_path: Path) -> None:
     gsm8k = write(tmp_path / "a.jsonl", {"question": "2 + 2?", "answer": "#### 4"})
-    assert load(gsm8k) == [Prompt("gsm8k-1", "math", "2 + 2?")]
+    assert load(gsm8k) == [Prompt("gsm8k-1", "math", prompt="2 + 2?")]
     task = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "", "entry_point": "f"}
     humaneval = write(tmp_path / "b.jsonl", task)
-    assert load(humaneval) == [Prompt("HumanEval/0", "code", "def f():\n")]
+    assert load(humaneval) == [Prompt("HumanEval/0", "code", prompt="def f():\n")]
 
 
 @pytest.mark.parametrize("as_list", [True, False])
@@ -66,8 +66,8 @@ def test_sharegpt_gives_the_first_question(tmp_path: Path, as_list: bool) -> Non
     ]
     path = write(tmp_path / "chats.json", *([records] if as_list else records))
     assert load(path) == [
-        Prompt("sharegpt-1", "chat", "Why?"),
-        Prompt("sharegpt-3", "chat", "When?"),
+        Prompt("sharegpt-1", "chat", prompt="Why?"),
+        Prompt("sharegpt-3", "chat", prompt="When?"),
     ]
 
 
@@ -134,7 +134,10 @@ def test_samples_are_balanced_and_fixed_by_their_seed() -> None:
 
 
 def test_a_scarce_kind_is_used_up_and_too_many_are_refused() -> None:
-    prompts = [Prompt("a", "math", "a"), *(Prompt(str(n), "chat", str(n)) for n in range(5))]
+    prompts = [
+        Prompt("a", "math", prompt="a"),
+        *(Prompt(str(n), "chat", prompt=str(n)) for n in range(5)),
+    ]
     assert Counter(prompt.kind for prompt in sample(prompts, 4, 1)) == {"math": 1, "chat": 3}
     for count in (7, -1):
         with pytest.raises(ValueError, match="from 0 to 6"):

@@ -55,7 +55,7 @@ def measured(planned: Group) -> GroupResult:
         ]
         conditions.append(ConditionResult(condition, records))
     conditions[0].baseline = True
-    return GroupResult(planned.name, planned.max_tokens, conditions)
+    return GroupResult(planned.name, planned.max_tokens, conditions=conditions)
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def result() -> Result:
         costs=Costs(
             {"coupled": {0: 40.0, 4: 60.0}, "split": {4: 61.0}},
             {"int4": 7.5, "int8": 13.2},
-            42.0,
-            {draft: {"sparse": 0.4, "whole": 0.9} for draft in ("int4", "int8")},
+            baseline_ms=42.0,
+            recover_ms={draft: {"sparse": 0.4, "whole": 0.9} for draft in ("int4", "int8")},
         ),
     )
 
@@ -102,14 +102,16 @@ def test_ratios_are_taken_prompt_by_prompt(result: Result) -> None:
 
 def test_a_baseline_measured_twice_counts_by_its_mean(result: Result) -> None:
     baseline = result.groups[0].baseline
-    slow = Record("a", 9, list(range(11)), 0.2, 10 / 10.0)
+    slow = Record("a", 9, token_ids=list(range(11)), ttft_s=0.2, seconds=10 / 10.0)
     baseline.records.append(slow)
     assert baseline.speeds()["a"] == pytest.approx(15.0)
 
 
 def test_a_file_keeps_everything(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "tiny.json"
-    result.groups[0].conditions[1].records.append(Record("c", 0, [], 0.0, 0.0, error="lost"))
+    result.groups[0].conditions[1].records.append(
+        Record("c", 0, token_ids=[], ttft_s=0.0, seconds=0.0, error="lost")
+    )
     result.save(path)
     assert results.load(path) == result
     written = json.loads(path.read_text())["groups"][0]["conditions"][1]
@@ -151,7 +153,15 @@ def test_rows_have_as_many_cells_as_heads(result: Result) -> None:
 def test_a_text_that_differs_is_named(result: Result) -> None:
     each = result.groups[1].conditions[1]
     record = each.records[0]
-    each.records[0] = Record("a", 0, record.token_ids, 0.2, 1.0, compared=True, first_difference=7)
+    each.records[0] = Record(
+        "a",
+        0,
+        token_ids=record.token_ids,
+        ttft_s=0.2,
+        seconds=1.0,
+        compared=True,
+        first_difference=7,
+    )
     text = report.render(result, {})
     assert "token for token: 39 of 40" in text
     assert "PicoSpec, int4, RTT 20 ms, prompt a: from token 7 on" in text

@@ -57,7 +57,7 @@ def test_never_early_never_overtaking_never_too_fast(
     bandwidth_bps: float | None,
     seed: int,
 ) -> None:
-    subject = line(LineConditions(delay_s, jitter_s, bandwidth_bps), seed)
+    subject = line(LineConditions(delay_s, jitter_s, bandwidth_bps=bandwidth_bps), seed)
     now_s, entered_s, leaves_s = 0.0, [], 0.0
     for number, (gap_s, num_bytes) in enumerate(pushes):
         now_s += gap_s
@@ -134,7 +134,9 @@ def test_what_is_discarded_frees_its_turn() -> None:
 
 
 def test_symmetric_halves_the_round_trip() -> None:
-    assert LineConditions.symmetric(0.05, 0.01, 1e6) == LineConditions(0.025, 0.01, 1e6)
+    assert LineConditions.symmetric(0.05, 0.01, 1e6) == LineConditions(
+        0.025, 0.01, bandwidth_bps=1e6
+    )
 
 
 @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])

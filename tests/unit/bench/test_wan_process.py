@@ -208,5 +208,7 @@ def test_bad_arguments_are_named(flags: list[str], reason: str) -> None:
 
 
 def test_units() -> None:
-    assert Conditions(50, 5, 100).link() == LineConditions(0.025, 0.005, 100_000)
+    assert Conditions(50, 5, kbit_s=100).link() == LineConditions(
+        0.025, 0.005, bandwidth_bps=100_000
+    )
     assert Conditions().link() == LineConditions()

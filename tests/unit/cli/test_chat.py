@@ -38,7 +38,7 @@ def test_an_answer_streams_piece_by_piece(url: str) -> None:
 
 
 def test_the_summary_has_every_figure() -> None:
-    answer = Answer("x", "stop", fake_edge.USAGE, time_to_first_token_s=0.25, duration_s=0.7)
+    answer = Answer("x", "stop", usage=fake_edge.USAGE, time_to_first_token_s=0.25, duration_s=0.7)
     assert answer.summary() == (
         "8 output tokens, first after 0.25 s, 10.0 tokens/s, acceptance rate 0.50 (5/10), "
         "mean accepted length 1.25, 0.50 cloud forwards/token, "

@@ -149,7 +149,9 @@ def test_the_daemons_end_with_a_killed_demo(stage: Path) -> None:
 def test_prepared_models_are_what_the_daemons_get() -> None:
     from picospec_cli.demo import Plan
 
-    plan = Plan(Path("/m/target"), Path("/m/draft"), "split", 1, 2, 3)
+    plan = Plan(
+        Path("/m/target"), Path("/m/draft"), mode="split", edge_port=1, cloud_port=2, metrics_port=3
+    )
     assert "/m/target" in plan.cloud_arguments()
     assert "/m/draft" in plan.edge_arguments()
     assert "127.0.0.1:2" in plan.edge_arguments()

@@ -19,15 +19,14 @@ from picospec.protocol.messages import (
     Finish,
     FinishReason,
     Limits,
-    ModelCard,
     Open,
-    Opened,
     Rejection,
     SamplingParams,
     Verdict,
     VerificationMode,
 )
 from picospec.v1 import speculation_pb2 as pb
+from tests.support.builders import make_card, make_opened
 
 OPEN = Open(
     session_id="chat-1",
@@ -100,24 +99,35 @@ def test_drafts_survive_the_wire(draft: Draft) -> None:
 def test_verdicts_survive_the_wire(
     reason: FinishReason | None, rejection: Rejection | None
 ) -> None:
-    verdict = Verdict(2, 30, 3, (1, 8), rejection, reason, 4, 120, 45_000, 2)
+    verdict = Verdict(
+        2,
+        30,
+        num_accepted=3,
+        token_ids=(1, 8),
+        rejection=rejection,
+        finish_reason=reason,
+        num_draft_tokens=4,
+        queue_us=120,
+        compute_us=45_000,
+        num_forwards=2,
+    )
     assert plain(cloud_over_the_wire(verdict)) == plain(verdict)
 
 
 def test_a_step_limit_survives_the_wire() -> None:
-    draft = edge_over_the_wire(Draft(1, 9, (3,), (0.5,), step_limit=7))
+    draft = edge_over_the_wire(Draft(1, 9, token_ids=(3,), draft_probs=(0.5,), step_limit=7))
     assert isinstance(draft, Draft)
     assert draft.step_limit == 7  # which does not take part in the comparison
 
 
 def test_frames_that_go_on_do_not_say_where() -> None:
     frames = (
-        Draft(3, 9, (4,), (), num_forced=1),
-        Draft(3, 10, (5, 6), (0.5, 0.25)),
+        Draft(3, 9, token_ids=(4,), num_forced=1),
+        Draft(3, 10, token_ids=(5, 6), draft_probs=(0.5, 0.25)),
         Draft(3, 12, probe=1),
-        Draft(3, 12, (7,), (0.5,)),
-        Draft(3, 10, (5,), (0.5,)),  # again
-        Draft(4, 11, (8,), (0.5,)),
+        Draft(3, 12, token_ids=(7,), draft_probs=(0.5,)),
+        Draft(3, 10, token_ids=(5,), draft_probs=(0.5,)),  # again
+        Draft(4, 11, token_ids=(8,), draft_probs=(0.5,)),
     )
     encoder, decoder = codec.EdgeEncoder(), codec.EdgeDecoder()
     messages = [encoder.encode(frame) for frame in frames]
@@ -127,9 +137,9 @@ def test_frames_that_go_on_do_not_say_where() -> None:
 
 def test_frames_are_dropped_unmissed_before_one_of_a_new_epoch() -> None:
     encoder, decoder = codec.EdgeEncoder(), codec.EdgeDecoder()
-    first = encoder.encode(Draft(0, 9, (4,)))
-    encoder.encode(Draft(0, 10, (5,)))
-    newer = Draft(1, 10, (6,))
+    first = encoder.encode(Draft(0, 9, token_ids=(4,)))
+    encoder.encode(Draft(0, 10, token_ids=(5,)))
+    newer = Draft(1, 10, token_ids=(6,))
     decoder.decode(first)
     assert decoder.decode(encoder.encode(newer)) == newer
 
@@ -146,17 +156,19 @@ def test_a_round_and_a_rejection_are_as_small_as_the_papers() -> None:
     """At most 50 B for 4 drafts with their q, 100 B for the 10 most probable tokens; the drafts
     in one frame, or in one each, the first of them behind a recovered token."""
     ids, probs = (49_151, 40_000, 20_000, 1), (0.1, 0.2, 0.3, 0.4)
-    draft = Draft(200, 3000, ids, probs, end_of_round=True)
+    draft = Draft(200, 3000, token_ids=ids, draft_probs=probs, end_of_round=True)
     assert len(codec.EdgeEncoder().to_bytes(draft)) <= 50
     encoder = codec.EdgeEncoder()
-    encoder.encode(Draft(200, 2999, (40_000,), num_forced=1))
+    encoder.encode(Draft(200, 2999, token_ids=(40_000,), num_forced=1))
     singles = [
-        Draft(200, 3000 + index, (token_id,), (prob,))
+        Draft(200, 3000 + index, token_ids=(token_id,), draft_probs=(prob,))
         for index, (token_id, prob) in enumerate(zip(ids, probs, strict=True))
     ]
     assert sum(len(encoder.to_bytes(single)) for single in singles) <= 50
     top = np.arange(49_142, 49_152, dtype=np.int32)
-    rejection = Rejection(top, np.full(10, 0.09, np.float32), 0.1, 49_000, 0.01)
+    rejection = Rejection(
+        top, np.full(10, 0.09, np.float32), tail_mass=0.1, tail_token_id=49_000, tail_prob=0.01
+    )
     message = codec.encode_cloud(Verdict(200, 3000, rejection=rejection))
     assert message.verdict.rejection.ByteSize() <= 100
 
@@ -178,13 +190,24 @@ def test_ids_beyond_31_bits_arrive_as_negative_ones() -> None:
 
 def test_the_other_frames_survive_the_wire() -> None:
     assert edge_over_the_wire(Finish()) == Finish()
-    opened = Opened(10, 8, 16, 64, 32)
+    opened = make_opened(first_position=10, cached_prompt_tokens=8, sparse_k=32)
     assert cloud_over_the_wire(opened) == opened
 
 
 def test_a_model_card_survives_the_wire_and_unknown_modes_are_left_out() -> None:
-    card = ModelCard(
-        "m", 100, "f", "c", (2,), 512, tuple(VerificationMode), Limits(8, 16, 4, 2, 1), 1
+    card = make_card(
+        logits_width=100,
+        chat_template_fingerprint="c",
+        eos_token_ids=(2,),
+        max_model_len=512,
+        modes=tuple(VerificationMode),
+        limits=Limits(
+            max_draft_tokens=8,
+            max_window=16,
+            max_sparse_k=4,
+            max_stop_token_ids=2,
+            max_logit_bias=1,
+        ),
     )
     message = codec.encode_model(card)
     assert codec.decode_model(message) == card
@@ -193,7 +216,7 @@ def test_a_model_card_survives_the_wire_and_unknown_modes_are_left_out() -> None
 
 
 def test_payloads_that_are_no_messages_are_refused() -> None:
-    frame = Draft(1, 5, (2, 3), (0.5, 0.25))
+    frame = Draft(1, 5, token_ids=(2, 3), draft_probs=(0.5, 0.25))
     payload = codec.EdgeEncoder().to_bytes(frame)
     assert codec.EdgeDecoder().decode(pb.GenerateRequest.FromString(payload)) == frame
     with pytest.raises(RemoteProtocolError):

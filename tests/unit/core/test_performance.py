@@ -27,8 +27,8 @@ from picospec.performance.prediction import (
     predicted_goodput,
 )
 from picospec.protocol.messages import VerificationMode
+from tests.support.builders import COUPLED
 
-COUPLED = VerificationMode.COUPLED
 COSTS = Costs(draft_ms=10.0, verify_ms=VerifyCost.affine(46.0, 4.0, plain_ms=40.0))
 VANILLA = Scheme(2, 2, parallel_draft=False, fast_verify=False, kept_rows=False)
 

@@ -12,8 +12,8 @@ from picospec.performance.costs import Costs, Network, Scheme, Text, VerifyCost
 from picospec.performance.prediction import best_draft_length, cloud_only, predicted_goodput
 from picospec.performance.simulation import Simulation, replay_s, simulate
 from picospec.protocol.messages import VerificationMode
+from tests.support.builders import COUPLED, SPLIT
 
-SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 COSTS = Costs(
     draft_ms=7.5,
     verify_ms=VerifyCost.affine(45.5, 4.2, plain_ms=40.0),
@@ -77,7 +77,9 @@ def test_a_rejection_at_a_known_place(
 ) -> None:
     """Every chain ends at the same place: nothing is left to chance, and the closed form must
     agree with the simulation exactly."""
-    scheme = Scheme(draft_length, window, parallel, fast, mode, kept)
+    scheme = Scheme(
+        draft_length, window, parallel_draft=parallel, fast_verify=fast, mode=mode, kept_rows=kept
+    )
     alpha = (1.0,) * (places - 1) + (0.0,)
     link = Network(rtt_ms, bandwidth_bps=50e6)
     played = simulate(COSTS, scheme, link, alpha, num_tokens=60 * places, seed=1)
@@ -179,7 +181,7 @@ def test_drafts_made_before_the_first_token_count() -> None:
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("fast", [True, False])
 def test_every_replay_ends(mode: VerificationMode, parallel: bool, fast: bool) -> None:
-    scheme = Scheme(3, 7, parallel, fast, mode, kept_rows=fast)
+    scheme = Scheme(3, 7, parallel_draft=parallel, fast_verify=fast, mode=mode, kept_rows=fast)
     for bits in itertools.product("+-", repeat=6):
         text = outcomes("".join(bits), cloud_prefill_ms=90.0, edge_prefill_ms=30.0)
         assert replay_s(COSTS, scheme, Network(40.0), text) > 0.0

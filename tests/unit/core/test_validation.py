@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
-import numpy as np
 import pytest
 
 from picospec.errors import RemoteOrderError, RemoteProtocolError
@@ -16,32 +16,45 @@ from picospec.protocol.messages import (
     Draft,
     FinishReason,
     Limits,
-    ModelCard,
-    Open,
     Opened,
-    Rejection,
     SamplingParams,
     Verdict,
     VerificationMode,
 )
+from tests.support.builders import (
+    COUPLED,
+    SAMPLED,
+    SPLIT,
+    make_card,
+    make_open,
+    make_opened,
+    make_rejection,
+    token_array,
+)
 
-SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 WIDTH = 50
-CARD = ModelCard(
-    "m", WIDTH, "f", "", (0,), 100, (SPLIT, COUPLED), Limits(4, 8, 16, 3, 2), protocol_version=1
+CARD = make_card(
+    logits_width=WIDTH,
+    limits=Limits(
+        max_draft_tokens=4, max_window=8, max_sparse_k=16, max_stop_token_ids=3, max_logit_bias=2
+    ),
 )
 NAN, INF = float("nan"), float("inf")
 
 
-def tokens(*token_ids: int) -> Any:
-    return np.array(token_ids, np.int32)
-
-
-OPEN = Open("s-1", tokens(1, 2, 3), EMPTY_TOKENS, SamplingParams(), SPLIT, 20, (0,), sparse_k=16)
+OPEN = make_open(
+    session_id="s-1",
+    prompt_token_ids=(1, 2, 3),
+    sampling=SAMPLED,
+    mode=SPLIT,
+    max_tokens=20,
+    sparse_k=16,
+)
 
 
 def test_the_whole_distribution_is_given_where_the_limit_holds_it() -> None:
-    generous = dataclasses.replace(CARD, limits=Limits(4, 8, WIDTH, 3, 2))
+    limits = dataclasses.replace(CARD.limits, max_sparse_k=WIDTH)
+    generous = dataclasses.replace(CARD, limits=limits)
     validation.check_open(dataclasses.replace(OPEN, sparse_k=0), generous)
 
 
@@ -59,11 +72,11 @@ def test_a_good_opening_passes(mode: VerificationMode) -> None:
         ({"session_id": "ok\n"}, "session_id"),
         ({"protocol_version": 0}, "protocol_version"),
         ({"prompt_token_ids": EMPTY_TOKENS}, "prompt_token_ids"),
-        ({"prompt_token_ids": tokens(*[1] * 100)}, "prompt_token_ids"),
-        ({"prompt_token_ids": tokens(1, WIDTH)}, "prompt_token_ids"),
-        ({"prompt_token_ids": tokens(-1)}, "prompt_token_ids"),
-        ({"output_token_ids": tokens(WIDTH)}, "output_token_ids"),
-        ({"output_token_ids": tokens(*[1] * 20)}, "output_token_ids"),
+        ({"prompt_token_ids": token_array(*[1] * 100)}, "prompt_token_ids"),
+        ({"prompt_token_ids": token_array(1, WIDTH)}, "prompt_token_ids"),
+        ({"prompt_token_ids": token_array(-1)}, "prompt_token_ids"),
+        ({"output_token_ids": token_array(WIDTH)}, "output_token_ids"),
+        ({"output_token_ids": token_array(*[1] * 20)}, "output_token_ids"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 98}, "max_tokens"),
         ({"max_tokens": 2**32 - 1}, "max_tokens"),
@@ -123,11 +136,11 @@ def test_sampling_bounds(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("mode", "draft"),
     [
-        (SPLIT, Draft(0, 3, (1, 2), (0.5, 1.0))),
-        (SPLIT, Draft(1, 3, (1,), (), num_forced=1)),
-        (SPLIT, Draft(1, 3, (1, 2, 3, 4, 5), (0.1,) * 4, num_forced=1)),
+        (SPLIT, Draft(0, 3, token_ids=(1, 2), draft_probs=(0.5, 1.0))),
+        (SPLIT, Draft(1, 3, token_ids=(1,), num_forced=1)),
+        (SPLIT, Draft(1, 3, token_ids=(1, 2, 3, 4, 5), draft_probs=(0.1,) * 4, num_forced=1)),
         (SPLIT, Draft(1, 3, probe=7)),
-        (COUPLED, Draft(0, 3, (1, 2))),
+        (COUPLED, Draft(0, 3, token_ids=(1, 2))),
         (COUPLED, Draft(0, 3, probe=1)),
     ],
 )
@@ -138,25 +151,28 @@ def test_good_drafts_pass(mode: VerificationMode, draft: Draft) -> None:
 @pytest.mark.parametrize(
     ("mode", "draft", "field"),
     [
-        (SPLIT, Draft(0, 3, (1, 2), (0.5,)), "draft_probs"),
-        (SPLIT, Draft(0, 3, (1,), (0.5, 0.5)), "draft_probs"),
-        (SPLIT, Draft(0, 3, (1,), (0.5,), num_forced=1), "draft_probs"),
-        *((SPLIT, Draft(0, 3, (1,), (q,)), "draft_probs") for q in (0.0, -0.1, 1.01, NAN, INF)),
-        (COUPLED, Draft(0, 3, (1,), (0.5,)), "draft_probs"),
-        (COUPLED, Draft(0, 3, (1,), (), num_forced=1), "num_forced"),
-        (SPLIT, Draft(0, 3, (1, 2), (), num_forced=2), "num_forced"),
-        (SPLIT, Draft(0, 3, (), (), num_forced=1), "num_forced"),
-        (SPLIT, Draft(0, 3, (WIDTH,), (0.5,)), "token_ids"),
-        (SPLIT, Draft(0, 3, (2**32 - 1,), (0.5,)), "token_ids"),
-        (SPLIT, Draft(0, 3, (1,) * 5, (0.5,) * 5), "token_ids"),
-        (SPLIT, Draft(0, 0, (1,), (0.5,)), "base_position"),
-        (SPLIT, Draft(0, 99, (1, 2), (0.5, 0.5)), "base_position"),
+        (SPLIT, Draft(0, 3, token_ids=(1, 2), draft_probs=(0.5,)), "draft_probs"),
+        (SPLIT, Draft(0, 3, token_ids=(1,), draft_probs=(0.5, 0.5)), "draft_probs"),
+        (SPLIT, Draft(0, 3, token_ids=(1,), draft_probs=(0.5,), num_forced=1), "draft_probs"),
+        *(
+            (SPLIT, Draft(0, 3, token_ids=(1,), draft_probs=(q,)), "draft_probs")
+            for q in (0.0, -0.1, 1.01, NAN, INF)
+        ),
+        (COUPLED, Draft(0, 3, token_ids=(1,), draft_probs=(0.5,)), "draft_probs"),
+        (COUPLED, Draft(0, 3, token_ids=(1,), num_forced=1), "num_forced"),
+        (SPLIT, Draft(0, 3, token_ids=(1, 2), num_forced=2), "num_forced"),
+        (SPLIT, Draft(0, 3, num_forced=1), "num_forced"),
+        (SPLIT, Draft(0, 3, token_ids=(WIDTH,), draft_probs=(0.5,)), "token_ids"),
+        (SPLIT, Draft(0, 3, token_ids=(2**32 - 1,), draft_probs=(0.5,)), "token_ids"),
+        (SPLIT, Draft(0, 3, token_ids=(1,) * 5, draft_probs=(0.5,) * 5), "token_ids"),
+        (SPLIT, Draft(0, 0, token_ids=(1,), draft_probs=(0.5,)), "base_position"),
+        (SPLIT, Draft(0, 99, token_ids=(1, 2), draft_probs=(0.5, 0.5)), "base_position"),
         (SPLIT, Draft(0, 3), "probe"),
-        (SPLIT, Draft(0, 3, (1,), (0.5,), probe=1), "probe"),
+        (SPLIT, Draft(0, 3, token_ids=(1,), draft_probs=(0.5,), probe=1), "probe"),
         (SPLIT, Draft(0, 3, probe=validation.MAX_PROBE + 1), "probe"),
         (COUPLED, Draft(0, 3, probe=2), "probe"),
-        (SPLIT, Draft(0, 3, (1,), (0.5,), step_limit=5), "step_limit"),
-        (SPLIT, Draft(0, 3, (1,), (0.5,), step_limit=-1), "step_limit"),
+        (SPLIT, Draft(0, 3, token_ids=(1,), draft_probs=(0.5,), step_limit=5), "step_limit"),
+        (SPLIT, Draft(0, 3, token_ids=(1,), draft_probs=(0.5,), step_limit=-1), "step_limit"),
     ],
 )
 def test_drafts_that_can_never_be_right(mode: VerificationMode, draft: Draft, field: str) -> None:
@@ -165,20 +181,22 @@ def test_drafts_that_can_never_be_right(mode: VerificationMode, draft: Draft, fi
     assert caught.value.field == f"draft.{field}"
 
 
-def rejection(
-    token_ids: Any = (4, 2),
-    probs: Any = (0.5, 0.25),
-    tail_mass: float = 0.25,
-    tail_token_id: int = 9,
-    tail_prob: float = 0.125,
-) -> Rejection:
-    return Rejection(
-        tokens(*token_ids), np.array(probs, np.float32), tail_mass, tail_token_id, tail_prob
-    )
+rejection = functools.partial(
+    make_rejection,
+    token_ids=(4, 2),
+    probs=(0.5, 0.25),
+    tail_mass=0.25,
+    tail_token_id=9,
+    tail_prob=0.125,
+)
 
 
 def test_good_verdicts_pass() -> None:
-    validation.check_verdict(Verdict(0, 3, 2, (1,), None, FinishReason.STOP), CARD, COUPLED)
+    validation.check_verdict(
+        Verdict(0, 3, num_accepted=2, token_ids=(1,), finish_reason=FinishReason.STOP),
+        CARD,
+        COUPLED,
+    )
     validation.check_verdict(Verdict(0, 3, rejection=rejection()), CARD, SPLIT)
     truncated = rejection(probs=(0.75, 0.25), tail_mass=0.0, tail_prob=0.0)
     validation.check_verdict(Verdict(0, 3, rejection=truncated), CARD, SPLIT)
@@ -187,14 +205,14 @@ def test_good_verdicts_pass() -> None:
 @pytest.mark.parametrize(
     ("mode", "verdict", "field"),
     [
-        (SPLIT, Verdict(0, 3, 0, (WIDTH,)), "token_ids"),
-        (SPLIT, Verdict(0, 99, 2), "position"),
+        (SPLIT, Verdict(0, 3, token_ids=(WIDTH,)), "token_ids"),
+        (SPLIT, Verdict(0, 99, num_accepted=2), "position"),
         (COUPLED, Verdict(0, 3, rejection=rejection()), "rejection"),
-        (SPLIT, Verdict(0, 3, 0, (1,), rejection()), "rejection"),
+        (SPLIT, Verdict(0, 3, token_ids=(1,), rejection=rejection()), "rejection"),
         (SPLIT, Verdict(0, 3, rejection=rejection(), finish_reason=FinishReason.STOP), "rejection"),
         (SPLIT, Verdict(0, 3, rejection=rejection(token_ids=(4, WIDTH))), "rejection.token_ids"),
         (SPLIT, Verdict(0, 3, rejection=rejection(token_ids=(4, 4))), "rejection.token_ids"),
-        (SPLIT, Verdict(0, 3, rejection=rejection((), ())), "rejection.token_ids"),
+        (SPLIT, Verdict(0, 3, rejection=rejection(token_ids=(), probs=())), "rejection.token_ids"),
         (SPLIT, Verdict(0, 3, rejection=rejection(probs=(0.5,))), "rejection.probs"),
         (SPLIT, Verdict(0, 3, rejection=rejection(probs=(0.5, NAN))), "rejection.probs"),
         (SPLIT, Verdict(0, 3, rejection=rejection(probs=(1.5, -0.75))), "rejection.probs"),
@@ -214,7 +232,12 @@ def test_verdicts_that_can_never_be_right(
 
 
 @pytest.mark.parametrize(
-    "opened", [Opened(3, 0, 0, 8, 4), Opened(3, 0, 4, 0, 4), Opened(100, 0, 4, 8, 4)]
+    "opened",
+    [
+        make_opened(max_draft_tokens=0, window=8, sparse_k=4),
+        make_opened(max_draft_tokens=4, window=0, sparse_k=4),
+        make_opened(first_position=100, max_draft_tokens=4, window=8, sparse_k=4),
+    ],
 )
 def test_openings_the_edge_refuses(opened: Opened) -> None:
     with pytest.raises(RemoteProtocolError):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,24 +16,15 @@ from edge_agent.chat_template import ChatTemplate
 from edge_agent.detokenizer import Detokenizer, StopScanner
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import ConfigError, ModelMismatch, RequestError
-from picospec.protocol.messages import Limits, ModelCard, VerificationMode
+from tests.support.builders import SPLIT, make_card_for
 from tests.support.tiny_tokenizer import BOS, TEMPLATE, tiny_tokenizer, tokenizer_json
 
 TINY = tiny_tokenizer()
 
 
-def card_of(tokenizer: Tokenizer) -> ModelCard:
-    return ModelCard(
-        model_id="target",
-        logits_width=tokenizer.size + 10,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        chat_template_fingerprint=tokenizer.chat_template_fingerprint,
-        eos_token_ids=(2,),
-        max_model_len=128,
-        modes=(VerificationMode.SPLIT,),
-        limits=Limits(),
-        protocol_version=1,
-    )
+card_of = functools.partial(
+    make_card_for, model_id="target", padding=10, max_model_len=128, modes=(SPLIT,)
+)
 
 
 def detokenized(detokenizer: Detokenizer, ids: list[int]) -> str:
