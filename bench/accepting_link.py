@@ -57,7 +57,15 @@ class AcceptingStream:
         if isinstance(frame, Open):
             self._position = len(frame.prompt_token_ids)
             self._end = self._position + frame.max_tokens
-            self._answer(Opened(self._position, 0, limits.max_draft_tokens, limits.max_window, 64))
+            self._answer(
+                Opened(
+                    first_position=self._position,
+                    cached_prompt_tokens=0,
+                    max_draft_tokens=limits.max_draft_tokens,
+                    window=limits.max_window,
+                    sparse_k=64,
+                )
+            )
             self._answer(Verdict(0, self._position, token_ids=(0,)))
             self._position += 1
         elif isinstance(frame, Draft):
@@ -69,7 +77,7 @@ class AcceptingStream:
                 Verdict(
                     frame.epoch,
                     self._position,
-                    accepted,
+                    num_accepted=accepted,
                     finish_reason=FinishReason.LENGTH if done else None,
                     num_draft_tokens=accepted,
                 )

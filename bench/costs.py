@@ -225,7 +225,9 @@ async def _verify(
             probs = (SAFE_PROB,) * count if split else ()
             if frame.num_draft_tokens and frame.token_ids:
                 epoch += 1  # the cloud's own token ended the chain
-            stream.send(Draft(epoch, position, drafts, probs, end_of_round=True))
+            stream.send(
+                Draft(epoch, position, token_ids=drafts, draft_probs=probs, end_of_round=True)
+            )
     finally:
         await stream.aclose()
 

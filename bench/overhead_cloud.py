@@ -77,7 +77,7 @@ async def decode(
     )
     await engine.open(key, request, events.put_nowait)
     if drafts:
-        await engine.deliver(key, Draft(0, len(PROMPT), tuple(drafts)), time.monotonic())
+        await engine.deliver(key, Draft(0, len(PROMPT), token_ids=tuple(drafts)), time.monotonic())
     text: list[int] = []
     started_s, before = 0.0, engine.stats()
     while True:
@@ -129,7 +129,7 @@ async def measure_delivery(link: CloudLink, num_drafts: int) -> Result:
         if frame.num_draft_tokens:
             queued_ms.append(frame.queue_us / 1e3)
         position += frame.num_accepted + len(frame.token_ids)
-        stream.send(Draft(epoch, position, (7,), end_of_round=True))
+        stream.send(Draft(epoch, position, token_ids=(7,), end_of_round=True))
         epoch += 1
     await stream.aclose()
     return _spread(queued_ms)

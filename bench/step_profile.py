@@ -183,7 +183,7 @@ def _opening(temperature: float) -> Any:
         max_length=length + TOKENS + 16,
         logits_width=0,
     )
-    return OpenContext(spec, -1, 0, length + TOKENS + 16, False)
+    return OpenContext(spec, -1, limit=length + TOKENS + 16)
 
 
 class _Timed:
