@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from edge_agent.tokenizer import Tokenizer
+from tests.support.chat import user_says
 from tests.support.daemons import Edge, until
 from tests.support.machine import edge_core, pinned
 from tests.support.stock import generate_greedily
@@ -31,7 +32,7 @@ async def pieces(edge: Edge, question: str, **parameters: Any) -> AsyncIterator[
     async with edge.client() as client:
         stream = await client.chat.completions.create(
             model=edge.model,
-            messages=[{"role": "user", "content": question}],
+            messages=user_says(question),
             stream=True,
             extra_body={"ignore_eos": True},
             **{"temperature": 0, "max_tokens": NUM_TOKENS} | parameters,

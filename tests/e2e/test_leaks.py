@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import openai
 
+from tests.support.chat import user_says
 from tests.support.daemons import Cloud, Edge, until
 
 NUM_GENERATIONS = 200
@@ -46,20 +48,22 @@ async def generate(edge: Edge, client: openai.AsyncOpenAI, rng: random.Random) -
     """One generation; a third goes away at a random moment. Returns how it ended."""
     stream = rng.random() < 0.5
     leaves_after_s = rng.uniform(0.0, 1.0) if rng.random() < 1 / 3 else None
-    request = {
+    request: dict[str, Any] = {
         "model": edge.model,
-        "messages": [{"role": "user", "content": f"Count to {rng.randint(3, 99)}."}],
+        "messages": user_says(f"Count to {rng.randint(3, 99)}."),
         "temperature": rng.choice([0, 1]),
         "seed": rng.randrange(2**32),
         "max_tokens": rng.randint(1, 6) if leaves_after_s is None else 64,
     }
 
     async def run() -> None:
-        answer = await client.chat.completions.create(**request, stream=stream)
-        if stream:
-            async with answer:
-                async for _ in answer:
-                    pass
+        create = client.chat.completions.create
+        if not stream:
+            await create(**request)
+            return
+        async with await create(**request, stream=True) as answer:
+            async for _ in answer:
+                pass
 
     try:
         await asyncio.wait_for(run(), leaves_after_s)

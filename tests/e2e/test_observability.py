@@ -5,9 +5,10 @@ from __future__ import annotations
 import openai
 import pytest
 
+from tests.support.chat import speculation_of, usage_of, user_says
 from tests.support.daemons import API_KEY, CLOUD_TOKEN, Cloud, Daemons, Edge, until
 
-QUESTION = [{"role": "user", "content": "What is a lighthouse for?"}]
+QUESTION = user_says("What is a lighthouse for?")
 
 # Counters and histograms that one generation moves, in each daemon.
 EDGE_MOVES = (
@@ -89,8 +90,8 @@ async def test_metrics_of_both_daemons_move_with_a_generation(cloud: Cloud, edge
         assert set(stands) <= now.names
         moved = {name for name in moves if now(name) > was(name)}
         assert moved == set(moves)
-    edge_now, cloud_now, usage = edge.metrics(), cloud.metrics(), completion.usage
-    speculation = usage.model_extra["speculation"]
+    edge_now, cloud_now = edge.metrics(), cloud.metrics()
+    usage, speculation = usage_of(completion), speculation_of(completion)
     for name, value in (
         ("vllm:spec_decode_num_draft_tokens_total", speculation["drafted_tokens"]),
         ("vllm:spec_decode_num_accepted_tokens_total", speculation["accepted_tokens"]),

@@ -9,15 +9,16 @@ import pytest
 
 from edge_agent.tokenizer import Tokenizer
 from picospec_cli.model_folder import model_home
+from tests.support.chat import speculation_of, usage_of, user_says
 from tests.support.daemons import Edge
 
-QUESTION = [{"role": "user", "content": "Name three colours and say where each is seen in nature."}]
+QUESTION = user_says("Name three colours and say where each is seen in nature.")
 NUM_TOKENS = 24
 
 
 async def chat(edge: Edge, **parameters: Any) -> Any:
     """A whole chat completion; greedy and short unless `parameters` say otherwise."""
-    defaults = {"messages": QUESTION, "temperature": 0, "max_tokens": NUM_TOKENS}
+    defaults: dict[str, Any] = {"messages": QUESTION, "temperature": 0, "max_tokens": NUM_TOKENS}
     async with edge.client() as client:
         return await client.chat.completions.create(model=edge.model, **defaults | parameters)
 
@@ -46,10 +47,10 @@ async def test_a_chat_streams_token_by_token_what_it_answers_as_a_whole(edge: Ed
     assert [part.usage for part in parts] == [None] * len(parts)
     assert last.choices == []
     assert len({chunk.id for chunk in chunks}) == 1
-    for usage in (whole.usage, last.usage):
+    for answer in (whole, last):
+        usage, speculation = usage_of(answer), speculation_of(answer)
         assert usage.completion_tokens == NUM_TOKENS
         assert usage.total_tokens == usage.prompt_tokens + NUM_TOKENS
-        speculation = usage.model_extra["speculation"]
         assert speculation["mode"] in edge.daemon.name
         assert 0 < speculation["accepted_tokens"] <= speculation["drafted_tokens"]
         assert 0 < speculation["verdicts"] < NUM_TOKENS + 8
@@ -69,7 +70,7 @@ async def test_completions_take_text_and_token_ids(edge: Edge) -> None:
         streamed = "".join([chunk.choices[0].text async for chunk in stream])
     assert "Paris" in whole.choices[0].text
     assert whole.choices[0].text == of_ids.choices[0].text == streamed
-    assert whole.usage.prompt_tokens == len(token_ids)
+    assert usage_of(whole).prompt_tokens == len(token_ids)
 
 
 async def test_a_stop_string_ends_the_answer_before_it(edge: Edge) -> None:
@@ -99,8 +100,8 @@ async def test_the_token_limit_holds_by_either_name(edge: Edge) -> None:
 
 
 async def test_an_answer_ends_by_itself(edge: Edge) -> None:
-    question = [{"role": "user", "content": "What is 2 + 2? Answer with one number."}]
-    completion = await chat(edge, messages=question, max_tokens=64)
+    question = "What is 2 + 2? Answer with one number."
+    completion = await chat(edge, messages=user_says(question), max_tokens=64)
     assert completion.choices[0].finish_reason == "stop"
     assert "4" in text_of(completion)
 
@@ -137,6 +138,7 @@ async def test_what_cannot_be_answered_is_refused_by_name(
     with pytest.raises(openai.BadRequestError) as refused:
         await chat(edges["split"], stream=stream, **parameters)
     assert refused.value.param == param
+    assert isinstance(refused.value.body, dict)
     assert refused.value.body["message"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from typing import Any
 import openai
 import pytest
 
+from tests.support.chat import usage_of, user_says
 from tests.support.daemons import Cloud, Daemons, Edge, until
 
-QUESTION = [{"role": "user", "content": "Why do leaves turn red in autumn?"}]
+QUESTION = user_says("Why do leaves turn red in autumn?")
 
 
 async def test_an_outage_is_told_and_its_end_is_noticed(edge: Edge) -> None:
@@ -27,11 +29,12 @@ async def test_an_outage_is_told_and_its_end_is_noticed(edge: Edge) -> None:
             if num_chunks == 4:
                 edge.relay.cut()
 
-    request = {"model": edge.model, "messages": QUESTION, "temperature": 0}
     async with edge.client() as client:
-        create = client.chat.completions.create
+        create = functools.partial(
+            client.chat.completions.create, model=edge.model, messages=QUESTION, temperature=0
+        )
         try:
-            stream = await create(**request, stream=True)
+            stream = await create(stream=True)
             with pytest.raises(openai.APIError, match="cloud") as broken:
                 await read_and_cut(stream)
             assert num_chunks >= 4
@@ -43,7 +46,7 @@ async def test_an_outage_is_told_and_its_end_is_noticed(edge: Edge) -> None:
             assert "cloud" in body["problem"]
             for streaming in (False, True):
                 with pytest.raises(openai.InternalServerError) as refused:
-                    await create(**request, stream=streaming)
+                    await create(stream=streaming)
                 assert refused.value.status_code == 503
                 assert refused.value.code == "cloud_unavailable"
                 assert int(refused.value.response.headers["Retry-After"]) >= 1
@@ -51,8 +54,8 @@ async def test_an_outage_is_told_and_its_end_is_noticed(edge: Edge) -> None:
             edge.relay.mend()
         until(edge.is_healthy)
         assert edge.health()[1]["cloud"] == {"reachable": True, "model": edge.model}
-        answer = await create(**request, max_tokens=4)
-        assert answer.usage.completion_tokens == 4
+        answer = await create(max_tokens=4)
+        assert usage_of(answer).completion_tokens == 4
 
 
 def other_tokenizer(folder: Path) -> None:

@@ -22,13 +22,21 @@ from cloud_server.engine.scripted import ScriptedEngine
 from edge_agent import config as edge_config
 from edge_agent.server import EdgeServer
 from tests.support.builders import make_card_for
+from tests.support.chat import speculation_of, usage_of, user_says
 from tests.support.cloud import Cloud, running_cloud
 from tests.support.edge_api import TOKENIZER, eventually
 from tests.support.tiny_tokenizer import TEMPLATE, tokenizer_json
 
-WORDS = TOKENIZER.encode(" the quick brown fox jumps over the lazy dog and says").tolist()
+WORDS: list[int] = TOKENIZER.encode(
+    " the quick brown fox jumps over the lazy dog and says"
+).tolist()
 CARD = make_card_for(TOKENIZER, model_id="scripted/words")
-MESSAGES = [{"role": "user", "content": "say it"}]
+MESSAGES = user_says("say it")
+
+
+def prompt_of(content: str) -> list[int]:
+    token_ids: list[int] = TOKENIZER.encode_chat([{"role": "user", "content": content}]).tolist()
+    return token_ids
 
 
 def recite(token_ids: Sequence[int]) -> int:
@@ -116,16 +124,15 @@ async def test_answers_are_the_targets(tmp_path: Path, flags: tuple[str, ...]) -
     async with pair(tmp_path, *flags) as (running, cloud):
 
         async def ask(content: str) -> None:
-            messages = [{"role": "user", "content": content}]
-            prompt = TOKENIZER.encode_chat(messages).tolist()
+            prompt = prompt_of(content)
             completion = await running.client.chat.completions.create(
-                model=CARD.model_id, messages=messages, temperature=0, max_tokens=60
+                model=CARD.model_id, messages=user_says(content), temperature=0, max_tokens=60
             )
             assert completion.choices[0].message.content == expected(prompt, 60)
             assert completion.choices[0].finish_reason == "length"
-            usage = completion.usage
+            usage = usage_of(completion)
             assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), 60)
-            counts = usage.speculation
+            counts = speculation_of(completion)
             assert 0 <= counts["accepted_tokens"] <= counts["drafted_tokens"]
             assert counts["bytes_up"] > 0 < counts["bytes_down"]
             if "always" not in flags:  # else the cloud may be ahead of every draft
@@ -139,7 +146,7 @@ async def test_answers_are_the_targets(tmp_path: Path, flags: tuple[str, ...]) -
 @on_uvloop
 async def test_a_stream_with_a_stop_string_ends_the_session(tmp_path: Path) -> None:
     async with pair(tmp_path) as (running, cloud):
-        prompt = TOKENIZER.encode_chat(MESSAGES).tolist()
+        prompt = prompt_of("say it")
         stream = await running.client.chat.completions.create(
             model=CARD.model_id,
             messages=MESSAGES,

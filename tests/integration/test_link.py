@@ -273,7 +273,7 @@ async def test_garbage_from_the_cloud() -> None:
     async def generate(request_iterator: Any, context: Any) -> AsyncIterator[bytes]:
         yield b"\xff\xff"
 
-    handler = grpc.stream_stream_rpc_method_handler(generate)
+    handler: Any = grpc.stream_stream_rpc_method_handler(generate)
     server = grpc.aio.server()
     server.add_generic_rpc_handlers(
         (

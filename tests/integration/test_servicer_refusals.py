@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 
 from cloud_server.engine.scripted import ScriptedEngine
 from picospec.protocol import codec
-from picospec.protocol.messages import AssistPolicy, Draft, SamplingParams
+from picospec.protocol.messages import AssistPolicy, Draft
 from picospec.v1 import speculation_pb2 as pb
-from tests.support.builders import SPLIT, make_open
+from tests.support.builders import SAMPLED, SPLIT, make_open
 from tests.support.cloud import Cloud, RawStream, running_cloud
 
 FIRST = 4  # position of the second output token: where the first draft goes
@@ -24,37 +25,39 @@ async def cloud() -> AsyncIterator[Cloud]:
         yield running
 
 
+INVALID, ORDER = "INVALID_ARGUMENT", "FAILED_PRECONDITION"
 NAN, INF = float("nan"), float("inf")
+BAD_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "temperature": (NAN, INF, -0.1),
+    "top_p": (NAN, 0.0, 1.1),
+    "min_p": (NAN, -0.1, 1.1),
+    "presence_penalty": (NAN, 2.1),
+    "frequency_penalty": (NAN, -2.1),
+    "repetition_penalty": (NAN, 0.0, INF),
+    "logit_bias": (((64, 1.0),), ((1, NAN),), ((1, 101.0),)),
+}
 BAD_OPENS: list[tuple[dict[str, Any], str, str]] = [
-    ({"protocol_version": 2}, "FAILED_PRECONDITION", "open.protocol_version"),
-    ({"session_id": ""}, "INVALID_ARGUMENT", "open.session_id"),
-    ({"session_id": "a\nforged log line"}, "INVALID_ARGUMENT", "open.session_id"),
-    ({"prompt_token_ids": np.empty(0, np.int32)}, "INVALID_ARGUMENT", "open.prompt_token_ids"),
-    ({"prompt_token_ids": np.array([64], np.int32)}, "INVALID_ARGUMENT", "open.prompt_token_ids"),
-    ({"prompt_token_ids": np.array([-1], np.int32)}, "INVALID_ARGUMENT", "open.prompt_token_ids"),
-    ({"prompt_token_ids": np.ones(512, np.int32)}, "INVALID_ARGUMENT", "open.prompt_token_ids"),
-    ({"output_token_ids": np.array([99], np.int32)}, "INVALID_ARGUMENT", "open.output_token_ids"),
-    ({"output_token_ids": np.ones(16, np.int32)}, "INVALID_ARGUMENT", "open.output_token_ids"),
-    ({"max_tokens": 0}, "INVALID_ARGUMENT", "open.max_tokens"),
-    ({"max_tokens": 510}, "INVALID_ARGUMENT", "open.max_tokens"),
-    ({"stop_token_ids": (64,)}, "INVALID_ARGUMENT", "open.stop_token_ids"),
-    ({"stop_token_ids": (1,) * 65}, "INVALID_ARGUMENT", "open.stop_token_ids"),
+    ({"protocol_version": 2}, ORDER, "open.protocol_version"),
+    ({"session_id": ""}, INVALID, "open.session_id"),
+    ({"session_id": "a\nforged log line"}, INVALID, "open.session_id"),
+    ({"prompt_token_ids": np.empty(0, np.int32)}, INVALID, "open.prompt_token_ids"),
+    ({"prompt_token_ids": np.array([64], np.int32)}, INVALID, "open.prompt_token_ids"),
+    ({"prompt_token_ids": np.array([-1], np.int32)}, INVALID, "open.prompt_token_ids"),
+    ({"prompt_token_ids": np.ones(512, np.int32)}, INVALID, "open.prompt_token_ids"),
+    ({"output_token_ids": np.array([99], np.int32)}, INVALID, "open.output_token_ids"),
+    ({"output_token_ids": np.ones(16, np.int32)}, INVALID, "open.output_token_ids"),
+    ({"max_tokens": 0}, INVALID, "open.max_tokens"),
+    ({"max_tokens": 510}, INVALID, "open.max_tokens"),
+    ({"stop_token_ids": (64,)}, INVALID, "open.stop_token_ids"),
+    ({"stop_token_ids": (1,) * 65}, INVALID, "open.stop_token_ids"),
     # 0 asks for all of P, which is more than 1024 pairs of a wide model.
-    ({"mode": SPLIT, "sparse_k": 2**31}, "INVALID_ARGUMENT", "open.sparse_k"),
-    ({"mode": SPLIT, "sparse_k": 1025}, "INVALID_ARGUMENT", "open.sparse_k"),
-    ({"mode": SPLIT, "assist": AssistPolicy.ALWAYS}, "INVALID_ARGUMENT", "open.assist"),
-    ({"probe": 1}, "INVALID_ARGUMENT", "open.probe"),
+    ({"mode": SPLIT, "sparse_k": 2**31}, INVALID, "open.sparse_k"),
+    ({"mode": SPLIT, "sparse_k": 1025}, INVALID, "open.sparse_k"),
+    ({"mode": SPLIT, "assist": AssistPolicy.ALWAYS}, INVALID, "open.assist"),
+    ({"probe": 1}, INVALID, "open.probe"),
     *(
-        ({"sampling": SamplingParams(**{name: value})}, "INVALID_ARGUMENT", f"open.sampling.{name}")
-        for name, values in {
-            "temperature": (NAN, INF, -0.1),
-            "top_p": (NAN, 0.0, 1.1),
-            "min_p": (NAN, -0.1, 1.1),
-            "presence_penalty": (NAN, 2.1),
-            "frequency_penalty": (NAN, -2.1),
-            "repetition_penalty": (NAN, 0.0, INF),
-            "logit_bias": (((64, 1.0),), ((1, NAN),), ((1, 101.0),)),
-        }.items()
+        ({"sampling": replace(SAMPLED, **{name: value})}, INVALID, f"open.sampling.{name}")
+        for name, values in BAD_SAMPLING.items()
         for value in values
     ),
 ]
@@ -110,8 +113,8 @@ async def test_a_malformed_message_is_refused_by_field(
 
 
 async def test_bytes_that_are_no_message_are_refused(cloud: Cloud) -> None:
-    generate = cloud.channel.stream_stream("/picospec.v1.SpeculationService/Generate")
-    call: Any = generate()
+    generate: Any = cloud.channel.stream_stream("/picospec.v1.SpeculationService/Generate")
+    call = generate()
     await call.write(b"\xff\xff\xff")
     refusal = await RawStream(call).failure()
     assert (refusal.code, refusal.fields) == ("INVALID_ARGUMENT", ("frame",))
@@ -126,7 +129,6 @@ async def test_a_message_that_is_too_large_is_refused() -> None:
         assert cloud.engine.opened == []
 
 
-INVALID, ORDER = "INVALID_ARGUMENT", "FAILED_PRECONDITION"
 BASE = "draft.base_position"
 # What is sent after the first verdict of a split session; the first draft belongs at FIRST.
 BAD_FRAMES: list[tuple[Any, str, str]] = [

@@ -60,6 +60,7 @@ class RawStream:
                     await self.call.details(),
                 )
             return None
+        assert isinstance(message, pb.GenerateResponse)
         return codec.decode_cloud(message)
 
     async def verdict(self) -> Verdict:

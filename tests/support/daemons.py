@@ -146,7 +146,7 @@ def end_all(processes: list[psutil.Process], grace_s: float = 10.0) -> list[psut
 def _runs(process: psutil.Process) -> bool:
     """A zombie is over; whose child it is now may take its time to say so."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
 
 

@@ -47,10 +47,11 @@ class Reference:
     ) -> NDArray[np.float64]:
         """The same, dense: float64 [vocab_size]."""
         law = self.law(prompt, output, sampling)
-        dense = np.zeros(len(self.logits((*prompt, *output))))
+        dense: NDArray[np.float64] = np.zeros(len(self.logits((*prompt, *output))))
         ids = np.arange(len(dense)) if law.token_ids is None else law.token_ids
         dense[ids] = law.probs
-        return dense / dense.sum()
+        dense /= dense.sum()
+        return dense
 
     def generate(
         self,

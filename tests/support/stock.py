@@ -36,6 +36,7 @@ def generate_greedily(
 def main(model: str, requests_path: str, output_path: str) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
 
     requests = json.loads(Path(requests_path).read_text())
     llm = LLM(
@@ -48,7 +49,7 @@ def main(model: str, requests_path: str, output_path: str) -> None:
         async_scheduling=False,
     )
     params = SamplingParams(temperature=0.0, max_tokens=requests["max_tokens"], ignore_eos=True)
-    prompts = [{"prompt_token_ids": prompt} for prompt in requests["prompts"]]
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in requests["prompts"]]
     batches = [[prompt] for prompt in prompts] if requests["one_by_one"] else [prompts]
     outputs = [
         list(output.outputs[0].token_ids)

@@ -31,7 +31,7 @@ def build_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
         eos_token_id=EOS_TOKEN_ID,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config).to(torch.float32)
+    model = LlamaForCausalLM(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -60,12 +60,11 @@ def measured(planned: Group) -> GroupResult:
 
 @pytest.fixture
 def result() -> Result:
-    sizes = {"num_prompts": 2, "max_tokens": 11}
     planned = [
-        group("RTT 0 ms", (0.0, None, 0.0), PLAIN, **sizes),
-        group("RTT 20 ms", (20.0, None, 0.0), (*PLAIN, *SWEPT), **sizes),
-        group("ablation", (20.0, None, 0.7), ABLATED, **sizes),
-        group("1 Mbit/s", (20.0, 1000.0, 0.7), ABLATED[:1], **sizes),
+        group("RTT 0 ms", (0.0, None, 0.0), PLAIN, num_prompts=2, max_tokens=11),
+        group("RTT 20 ms", (20.0, None, 0.0), (*PLAIN, *SWEPT), num_prompts=2, max_tokens=11),
+        group("ablation", (20.0, None, 0.7), ABLATED, num_prompts=2, max_tokens=11),
+        group("1 Mbit/s", (20.0, 1000.0, 0.7), ABLATED[:1], num_prompts=2, max_tokens=11),
     ]
     machine = {
         "processor": "a processor",

@@ -44,7 +44,10 @@ def test_drafts_and_settings_exist(suite: Suite) -> None:
         assert condition.draft in (DRAFTS if drafts else (None,))
         assert condition.speculation.keys() <= KEYS
         window = condition.speculation.get("window", 16)
-        assert condition.speculation.get("draft_length", 4) <= window
+        draft_length = condition.speculation.get("draft_length", 4)
+        assert isinstance(window, int)
+        assert isinstance(draft_length, int)
+        assert draft_length <= window
 
 
 def test_a_suite_fits_its_budget(suite: Suite) -> None:

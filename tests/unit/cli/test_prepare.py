@@ -20,13 +20,17 @@ from picospec_cli.console import CommandFailed
 from picospec_cli.model_folder import MANIFEST, build, damage, is_complete
 from tests.support.tiny import build_tiny_llama
 
-RECIPE = {"format": 1, "source": "test"}
+RECIPE: dict[str, str | int] = {"format": 1, "source": "test"}
 
 
 def write_model(folder: Path) -> None:
     (folder / "weights").write_bytes(b"12345678")
     (folder / "deep").mkdir()
     (folder / "deep" / "config.json").write_text("{}")
+
+
+def never(folder: Path) -> None:
+    pytest.fail("it was built again")
 
 
 def leftovers(parent: Path) -> list[str]:
@@ -40,7 +44,7 @@ def test_a_folder_is_built_once(tmp_path: Path) -> None:
     assert build(folder, RECIPE, write_model)
     assert is_complete(folder, RECIPE)
     assert damage(folder) == []
-    assert not build(folder, RECIPE, pytest.fail)
+    assert not build(folder, RECIPE, never)
     assert leftovers(folder.parent) == []
 
 

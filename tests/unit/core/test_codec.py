@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -250,7 +250,7 @@ def _open_message(**changes: Any) -> pb.GenerateRequest:
         (_open_message(mode=0), "open.mode"),
         (_open_message(mode=9), "open.mode"),
         (_open_message(assist=9), "open.assist"),
-        (pb.GenerateRequest(open=pb.Open(mode=1)), "open.sampling"),
+        (pb.GenerateRequest(open=pb.Open(mode=pb.VERIFICATION_MODE_SPLIT)), "open.sampling"),
         (pb.GenerateRequest(draft=pb.Draft(token_ids=[5])), "draft.base_position"),
     ],
 )
@@ -272,7 +272,10 @@ def test_biases_must_match_their_token_ids() -> None:
     ("message", "field"),
     [
         (pb.GenerateResponse(), "frame"),
-        (pb.GenerateResponse(verdict=pb.Verdict(finish_reason=9)), "verdict.finish_reason"),
+        (
+            pb.GenerateResponse(verdict=pb.Verdict(finish_reason=cast(pb.FinishReason, 9))),
+            "verdict.finish_reason",
+        ),
         (
             pb.GenerateResponse(verdict=pb.Verdict(rejection=pb.Rejection(probs=b"12345"))),
             "verdict.rejection.probs",

@@ -221,7 +221,7 @@ def test_the_designs_estimates(
     expected: tuple[float, ...],
 ) -> None:
     costs = Costs(draft_ms, COSTS.verify_ms)
-    scheme = Scheme(mode=mode, **switches)  # type: ignore[arg-type]
+    scheme = Scheme(mode=mode, **switches)
     for rtt_ms, speedup in zip(RTTS_MS, expected, strict=True):
         _, goodput = best_draft_length(costs, scheme, Network(rtt_ms), alpha)
         assert goodput / cloud_only(costs) == pytest.approx(speedup, rel=0.15)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -30,7 +29,7 @@ def reference(
     output: NDArray[np.integer] = NONE,
 ) -> NDArray[np.float64]:
     """The documented law, step by step in the simplest way: dense, sorted, float64."""
-    x = logits.astype(np.float64)
+    x: NDArray[np.float64] = logits.astype(np.float64)
     for token_id, bias in params.logit_bias:
         x[token_id] += bias
     for token_id in set(prompt.tolist()) | set(output.tolist()):
@@ -41,7 +40,8 @@ def reference(
         x[token_id] -= params.presence_penalty
         x[token_id] -= params.frequency_penalty * np.count_nonzero(output == token_id)
     if params.temperature == 0:
-        return np.eye(len(x))[np.argmax(x)]
+        one_hot: NDArray[np.float64] = np.eye(len(x))[np.argmax(x)]
+        return one_hot
     x = np.exp((x - x.max()) / params.temperature)
     x[x < params.min_p * x.max()] = 0.0
     if params.top_k:
@@ -51,7 +51,8 @@ def reference(
     before = np.cumsum(x[order]) - x[order]
     if params.top_p < 1.0:
         x[order[before >= params.top_p]] = 0.0
-    return x / x.sum()
+    x /= x.sum()
+    return x
 
 
 PARAMS = {
@@ -122,18 +123,18 @@ def test_only_survivors_are_listed() -> None:
 def test_ties_at_a_border() -> None:
     logits = np.array([1.0, 2.0, 1.0, 2.0, 1.0], np.float32)
 
-    def survivors(**params: float) -> list[int]:
-        law = process(logits, dataclasses.replace(SamplingParams(), **params), NONE, NONE)
+    def survivors(params: SamplingParams) -> list[int]:
+        law = process(logits, params, NONE, NONE)
         assert law.token_ids is not None
-        return law.token_ids.tolist()
+        return [int(token_id) for token_id in law.token_ids]
 
-    assert survivors(top_k=1) == [1, 3]
-    assert survivors(top_k=3) == [0, 1, 2, 3, 4]
-    assert survivors(min_p=1.0) == [1, 3]
-    assert survivors(top_p=0.3) == [1]
-    assert survivors(top_p=0.7) == [0, 1, 3]
-    assert survivors(temperature=0.0) == [1]
-    assert survivors(top_p=1e-9, temperature=1e3) == [1]
+    assert survivors(SamplingParams(top_k=1)) == [1, 3]
+    assert survivors(SamplingParams(top_k=3)) == [0, 1, 2, 3, 4]
+    assert survivors(SamplingParams(min_p=1.0)) == [1, 3]
+    assert survivors(SamplingParams(top_p=0.3)) == [1]
+    assert survivors(SamplingParams(top_p=0.7)) == [0, 1, 3]
+    assert survivors(SamplingParams(temperature=0.0)) == [1]
+    assert survivors(SamplingParams(top_p=1e-9, temperature=1e3)) == [1]
 
 
 def test_top_p_keeps_at_least_one_of_equal_tokens() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ LONG = [5] * 150
 BODY = {"model": CARD.model_id, "prompt": "hello", "max_tokens": 150}
 
 
-async def post(edge: EdgeApi, body: dict) -> tuple[int, dict]:
+async def post(edge: EdgeApi, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     response = await edge.http.post("/v1/completions", json=body)
     return response.status_code, response.json()
 

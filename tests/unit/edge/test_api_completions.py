@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionContentPartTextParam, ChatCompletionMessageParam
 
-from edge_agent.generation import GenerationStats
+from edge_agent.generation import Generation, GenerationRequest, GenerationStats
 from picospec.errors import CloudUnavailable
 from picospec.protocol.messages import FinishReason
+from tests.support.chat import cached_tokens_of, speculation_of, usage_of, user_says
 from tests.support.edge_api import CARD, EOS, TOKENIZER, EdgeApi, serve
 
-MESSAGES = [{"role": "user", "content": "hello"}]
+MESSAGES = user_says("hello")
+PROMPT = TOKENIZER.encode_chat([{"role": "user", "content": "hello"}])
 
 
-def client_of(edge: EdgeApi, **options: object) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(
-        base_url=f"{edge.base_url}/v1", api_key="any", max_retries=0, **options
-    )
+def client_of(edge: EdgeApi) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{edge.base_url}/v1", api_key="any", max_retries=0)
 
 
 async def test_chat_whole() -> None:
@@ -31,19 +34,19 @@ async def test_chat_whole() -> None:
     assert completion.object == "chat.completion"
     assert completion.model == CARD.model_id
     assert completion.id.startswith("chatcmpl-")
+    assert completion.system_fingerprint is not None
     assert completion.system_fingerprint.startswith("picospec-split-")
     [request] = edge.generator.requests
     assert (request.sampling.seed, request.sampling.temperature) == (7, 0.5)
     assert request.max_tokens == 50
-    expected = TOKENIZER.encode_chat(MESSAGES)
-    assert request.prompt_token_ids.tolist() == expected.tolist()
-    usage = completion.usage
-    assert usage.prompt_tokens == len(expected)
+    assert request.prompt_token_ids.tolist() == PROMPT.tolist()
+    usage = usage_of(completion)
+    assert usage.prompt_tokens == len(PROMPT)
     # The end-of-sequence token counts and is not shown.
     assert usage.completion_tokens == len(edge.generator.token_ids)
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    assert usage.prompt_tokens_details.cached_tokens == 0
-    assert set(usage.speculation) == {
+    assert cached_tokens_of(completion) == 0
+    assert set(speculation_of(completion)) == {
         "mode", "drafted_tokens", "accepted_tokens", "verdicts", "forwards", "rollbacks",
         "resumes", "bytes_up", "bytes_down",
     }  # fmt: skip
@@ -59,7 +62,7 @@ async def test_chat_stream() -> None:
             stream_options={"include_usage": True},
         )
         chunks = [chunk async for chunk in stream]
-    first, *middle, finish, usage = chunks
+    first, *middle, finish, last = chunks
     assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
     pieces = [TOKENIZER.decode([token_id]) for token_id in edge.generator.token_ids[:-1]]
     assert [chunk.choices[0].delta.content for chunk in middle] == pieces
@@ -67,9 +70,9 @@ async def test_chat_stream() -> None:
     assert finish.choices[0].delta.content is None
     assert all(chunk.choices[0].finish_reason is None for chunk in (first, *middle))
     assert all(chunk.usage is None for chunk in (first, *middle, finish))
-    assert usage.choices == []
-    assert usage.usage.completion_tokens == len(edge.generator.token_ids)
-    assert usage.usage.speculation["mode"] == "split"
+    assert last.choices == []
+    assert usage_of(last).completion_tokens == len(edge.generator.token_ids)
+    assert speculation_of(last)["mode"] == "split"
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -86,8 +89,10 @@ async def test_stream_helper_accumulates() -> None:
 async def test_an_answer_can_be_passed_back() -> None:
     async with serve() as edge, client_of(edge) as client:
         first = await client.chat.completions.create(model=CARD.model_id, messages=MESSAGES)
+        # The client takes its own message objects as parameters; its types do not say so.
+        said = cast(ChatCompletionMessageParam, first.choices[0].message)
         await client.chat.completions.create(
-            model=CARD.model_id, messages=[*MESSAGES, first.choices[0].message, *MESSAGES]
+            model=CARD.model_id, messages=[*MESSAGES, said, *MESSAGES]
         )
     sent = edge.generator.requests[1].prompt_token_ids.tolist()
     assert TOKENIZER.decode(sent).count("hello world") == 1
@@ -111,7 +116,10 @@ async def test_text_whole_and_stream() -> None:
 
 
 async def test_parts_are_joined_and_developers_are_the_system() -> None:
-    parts = [{"type": "text", "text": "hello"}, {"type": "text", "text": "world"}]
+    parts: list[ChatCompletionContentPartTextParam] = [
+        {"type": "text", "text": "hello"},
+        {"type": "text", "text": "world"},
+    ]
     async with serve() as edge, client_of(edge) as client:
         await client.chat.completions.create(
             model=CARD.model_id, messages=[{"role": "developer", "content": parts}]
@@ -126,7 +134,7 @@ async def test_length_is_a_finish_reason() -> None:
             model=CARD.model_id, messages=MESSAGES, max_completion_tokens=2
         )
     assert completion.choices[0].finish_reason == "length"
-    assert completion.usage.completion_tokens == 2
+    assert usage_of(completion).completion_tokens == 2
 
 
 async def test_the_limit_defaults_to_the_room_there_is() -> None:
@@ -143,14 +151,14 @@ async def test_the_limit_defaults_to_the_room_there_is() -> None:
 )
 async def test_stop_strings_end_across_tokens(stream: bool, stop: str, text: str) -> None:
     async with serve("hello wörld") as edge, client_of(edge) as client:
-        answer = await client.chat.completions.create(
-            model=CARD.model_id, messages=MESSAGES, stop=stop, stream=stream
-        )
+        create = client.chat.completions.create
         if stream:
-            chunks = [chunk async for chunk in answer]
+            parts = await create(model=CARD.model_id, messages=MESSAGES, stop=stop, stream=True)
+            chunks = [chunk async for chunk in parts]
             assert "".join(c.choices[0].delta.content or "" for c in chunks) == text
             assert chunks[-1].choices[0].finish_reason == "stop"
         else:
+            answer = await create(model=CARD.model_id, messages=MESSAGES, stop=stop)
             assert answer.choices[0].message.content == text
             assert answer.choices[0].finish_reason == "stop"
     assert edge.generator.closed == 1
@@ -160,7 +168,7 @@ async def test_tokens_after_a_stop_string_are_not_counted() -> None:
     async with serve("abcdef") as edge, client_of(edge) as client:
         answer = await client.completions.create(model=CARD.model_id, prompt="x", stop="cd")
     assert answer.choices[0].text == "ab"
-    assert answer.usage.completion_tokens == len(TOKENIZER.encode("abcd"))
+    assert usage_of(answer).completion_tokens == len(TOKENIZER.encode("abcd"))
 
 
 async def test_stop_token_ids_and_ignored_eos() -> None:
@@ -186,15 +194,15 @@ async def test_usage_says_what_speculation_did(monkeypatch: pytest.MonkeyPatch) 
     async with serve() as edge, client_of(edge) as client:
         generate = edge.generator.generate
 
-        def with_stats(request: object) -> object:
+        def with_stats(request: GenerationRequest) -> Generation:
             generation = generate(request)
             generation.stats = stats
             return generation
 
         monkeypatch.setattr(edge.generator, "generate", with_stats)
         completion = await client.chat.completions.create(model=CARD.model_id, messages=MESSAGES)
-    assert completion.usage.prompt_tokens_details.cached_tokens == 4
-    assert completion.usage.speculation == {
+    assert cached_tokens_of(completion) == 4
+    assert speculation_of(completion) == {
         "mode": "coupled", "drafted_tokens": 9, "accepted_tokens": 6, "verdicts": 3,
         "forwards": 4, "rollbacks": 2, "resumes": 1, "bytes_up": 100, "bytes_down": 50,
     }  # fmt: skip
@@ -223,13 +231,14 @@ async def test_models_health_and_metrics() -> None:
 
 async def test_the_request_id_is_the_clients_if_it_is_one() -> None:
     async with serve() as edge, client_of(edge) as client:
-        completion = await client.chat.completions.create(
+        answer = await client.chat.completions.with_raw_response.create(
             model=CARD.model_id, messages=MESSAGES, extra_headers={"X-Request-Id": "my-id.7"}
         )
-        assert completion.id == "chatcmpl-my-id.7"
-        assert completion._request_id == "my-id.7"
-        for bad in ("x" * 65, "a b", "é".encode()):
-            response = await edge.http.get("/health", headers={"X-Request-Id": bad})
+        assert answer.parse().id == "chatcmpl-my-id.7"
+        assert answer.request_id == "my-id.7"
+        for bad in ("x" * 65, "a b", "é"):
+            headers = httpx.Headers({"X-Request-Id": bad}, encoding="utf-8")
+            response = await edge.http.get("/health", headers=headers)
             assert response.headers["x-request-id"] != bad
     assert edge.generator.requests[0].request_id == "my-id.7"
 

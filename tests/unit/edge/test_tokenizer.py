@@ -3,8 +3,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -60,7 +62,7 @@ def test_detokenizing_stays_linear_on_garbage() -> None:
     stray = TINY.encode("é").tolist()[-1]  # a continuation byte that nothing begins
     widths: list[int] = []
 
-    def decode(ids: list[int]) -> str:
+    def decode(ids: Sequence[int]) -> str:
         widths.append(len(ids))
         return TINY.decode(ids)
 
@@ -186,7 +188,7 @@ def test_load_reads_named_templates_and_eos_ids(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
     loaded = Tokenizer.load(tmp_path)
     assert loaded.eos_token_ids == (7,)
-    assert loaded.decode(loaded.encode_chat([])) == "yes"
+    assert loaded.decode(loaded.encode_chat([]).tolist()) == "yes"
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert Tokenizer.load(tmp_path).eos_token_ids == (2, 7)
 
@@ -215,7 +217,7 @@ def test_a_right_pair_passes() -> None:
         ({"logits_width": 100}, "logits", "chat_template.jinja"),
     ],
 )
-def test_a_wrong_pair_is_refused_by_file(change: dict, said: str, unsaid: str) -> None:
+def test_a_wrong_pair_is_refused_by_file(change: dict[str, Any], said: str, unsaid: str) -> None:
     with pytest.raises(ModelMismatch) as caught:
         TINY.check_pair(replace(card_of(TINY), **change))
     assert said in str(caught.value)
