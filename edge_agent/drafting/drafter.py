@@ -123,25 +123,25 @@ class ModelContext:
     ) -> None:
         self._open_runtime = open_runtime
         self._spec = spec
-        self._cache = SpeculativeKVCache(spec.token_ids, num_committed)
+        self.cache = SpeculativeKVCache(spec.token_ids, num_committed)
         self._logits_width = logits_width  # the model's own
         self._max_length = min(max_length, spec.max_length or max_length)
         self._runtime: KVRuntime | None = None
         self._runtime_length = 0
-        self._prefill_length = len(self._cache)  # tokens before it are forwarded in batches
+        self._prefill_length = len(self.cache)  # tokens before it are forwarded in batches
         self._logits: LogitsArray = np.zeros(1, np.float32)  # that the last proposal came from
 
     def __len__(self) -> int:
-        return len(self._cache)
+        return len(self.cache)
 
     def confidence(self) -> float:
         return float(1.0 / np.exp(self._logits - self._logits.max()).sum())
 
     def append(self, token_id: int) -> None:
-        self._cache.append(token_id)
+        self.cache.append(token_id)
 
     def rollback(self, length: int, token_ids: Sequence[int] = ()) -> int:
-        return self._cache.rollback(length, token_ids)
+        return self.cache.rollback(length, token_ids)
 
     def close(self) -> None:
         if self._runtime is not None:
@@ -152,26 +152,26 @@ class ModelContext:
         if len(self) > self._max_length:
             return False
         runtime = self._runtime_with_room()
-        if len(self._cache.uncomputed) <= self._next_batch():
+        if len(self.cache.uncomputed) <= self._next_batch():
             return False
         self._forward(runtime)
         return True
 
     def _next_batch(self) -> int:
         """How many tokens the next forward may take."""
-        return min(PREFILL_CHUNK, max(1, self._prefill_length - self._cache.num_computed))
+        return min(PREFILL_CHUNK, max(1, self._prefill_length - self.cache.num_computed))
 
     def propose(self) -> Distribution | None:
         if len(self) > self._max_length:
             return None
         while self.prefill():
             pass
-        if not len(self._cache.uncomputed):
+        if not len(self.cache.uncomputed):
             # Everything is computed but the logits are gone: the last token runs again.
-            self._cache.num_computed -= 1
+            self.cache.num_computed -= 1
         logits = fit(self._forward(self._runtime_with_room()), self._spec.logits_width)
         self._logits = logits
-        token_ids, prompt_length = self._cache.token_ids, self._spec.prompt_length
+        token_ids, prompt_length = self.cache.token_ids, self._spec.prompt_length
         return process(
             logits, self._spec.sampling, token_ids[:prompt_length], token_ids[prompt_length:]
         )
@@ -184,11 +184,11 @@ class ModelContext:
             room = self._prefill_length = len(self)
         self.close()
         self._runtime = self._open_runtime(min(len(self) + room, self._max_length))
-        self._cache.num_computed = self._runtime_length = 0
+        self.cache.num_computed = self._runtime_length = 0
         return self._runtime
 
     def _forward(self, runtime: KVRuntime) -> LogitsArray:
-        cache = self._cache
+        cache = self.cache
         if self._runtime_length != cache.num_computed:
             runtime.truncate(cache.num_computed)
         # An id of the target's padding would be outside the embedding; any token will do for it.

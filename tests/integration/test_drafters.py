@@ -10,19 +10,24 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from edge_agent.drafting import drafter
-from edge_agent.drafting.messages import ContextSpec, Drafted, DrafterSpec, OpenContext
+from edge_agent.drafting import drafter, onnx
+from edge_agent.drafting.drafter import Drafter, DrafterContext
+from edge_agent.drafting.messages import ContextSpec, Drafted, DrafterSpec, DraftEvent, OpenContext
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.drafting.worker import DraftWorker
 from picospec.errors import DrafterFailed
 from picospec.protocol.messages import SamplingParams, VerificationMode
+from picospec.sampling.distribution import Distribution
 from picospec_cli.model_folder import model_home
+from tests.support.builders import SPLIT, make_context_spec
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
@@ -39,87 +44,126 @@ def folder(name: str) -> str:
 
 
 @pytest.fixture(scope="module", params=["draft-int4", "draft-int8", "target"])
-def loaded(request):
-    name = request.param
+def loaded(request: pytest.FixtureRequest) -> tuple[str, Drafter]:
+    name: str = request.param
     backend = "torch" if name == "target" else "onnx"
     return name, drafter.load(DrafterSpec(backend, folder(name)))
 
 
 @pytest.fixture(scope="module")
 def prompt() -> list[int]:
-    return Tokenizer.from_file(folder("target") + "/tokenizer.json").encode(QUESTION).ids
+    tokenizer = Tokenizer.from_file(folder("target") + "/tokenizer.json")
+    token_ids: list[int] = tokenizer.encode(QUESTION).ids
+    return token_ids
 
 
-def context_spec(token_ids, mode=VerificationMode.SPLIT, **options) -> ContextSpec:
-    params = SamplingParams(temperature=options.pop("temperature", 1.0), seed=1)
-    ids = np.asarray(token_ids, np.int32)
-    return ContextSpec("r", ids, params, mode, (), len(ids), **options)
+def context_spec(
+    token_ids: Sequence[int],
+    *,
+    mode: VerificationMode = SPLIT,
+    temperature: float = 1.0,
+    max_length: int = 0,
+    logits_width: int = 0,
+) -> ContextSpec:
+    return make_context_spec(
+        token_ids=token_ids,
+        sampling=SamplingParams(temperature=temperature, seed=1),
+        mode=mode,
+        max_length=max_length,
+        logits_width=logits_width,
+    )
 
 
-def test_law_after_any_appends_and_rollbacks_is_a_fresh_context_s(loaded, prompt):
+def proposed(context: DrafterContext) -> Distribution:
+    law = context.propose()
+    assert law is not None
+    return law
+
+
+def first_token(law: Distribution) -> int:
+    assert law.token_ids is not None
+    return int(law.token_ids[0])
+
+
+def test_law_after_any_appends_and_rollbacks_is_a_fresh_context_s(
+    loaded: tuple[str, Drafter], prompt: list[int]
+) -> None:
     name, model = loaded
     assert model.logits_width == WIDTH
     rng = random.Random(0)
     # All but the first token may be taken back: into the prompt, too.
     context, text = model.open(context_spec(prompt), num_committed=1), list(prompt)
+    assert isinstance(context, drafter.ModelContext)
     context.propose()
     for _ in range(8):
         length = rng.randint(1, len(text))
         context.rollback(length)
         text = text[:length]
-        context._cache.num_committed = 1
+        context.cache.num_committed = 1
         for _ in range(rng.randint(0, 6)):
             text.append(rng.randrange(WIDTH))
             context.append(text[-1])
             if rng.random() < 0.5:
                 context.propose()
-        law, fresh = context.propose(), model.open(context_spec(text)).propose()
+        law, fresh = proposed(context), proposed(model.open(context_spec(text)))
         assert np.abs(law.probs - fresh.probs).max() < TOLERANCES[name]
-        again = context.propose()
+        again = proposed(context)
         assert np.abs(law.probs - again.probs).max() < TOLERANCES[name]
     context.close()
 
 
-def test_greedy_drafts_agree_with_the_target(prompt):
+def test_greedy_drafts_agree_with_the_target(prompt: list[int]) -> None:
     def greedy(name: str, backend: str) -> list[int]:
         context = drafter.load(DrafterSpec(backend, folder(name))).open(
             context_spec(prompt, temperature=0.0)
         )
+        drafts: list[int] = []
         for _ in range(24):
-            context.append(int(context.propose().token_ids[0]))
-        return context._cache.token_ids[len(prompt) :].tolist()
+            drafts.append(first_token(proposed(context)))
+            context.append(drafts[-1])
+        return drafts
 
     target = greedy("target", "torch")
     assert greedy("draft-int8", "onnx")[:12] == target[:12]
     assert greedy("draft-int4", "onnx")[0] == target[0]
 
 
-def test_long_contexts_grow_and_end_at_their_bound(prompt, monkeypatch):
+def test_long_contexts_grow_and_end_at_their_bound(
+    prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = drafter.load(DrafterSpec("onnx", folder("draft-int4")))
     monkeypatch.setattr(drafter, "CAPACITY_HEADROOM", 4)
+    capacities: list[int] = []
+
+    class Recorded(onnx.OnnxRuntime):
+        def __init__(self, model: Any, capacity: int) -> None:
+            super().__init__(model, capacity)
+            capacities.append(capacity)
+
+    monkeypatch.setattr(onnx, "OnnxRuntime", Recorded)
     context = model.open(context_spec(prompt, max_length=len(prompt) + 20, temperature=0.0))
-    drafted = []
+    drafted: list[int] = []
     while (law := context.propose()) is not None:
-        drafted.append(int(law.token_ids[0]))
+        drafted.append(first_token(law))
         context.append(drafted[-1])
     assert len(drafted) == 21
-    assert context._runtime.capacity == len(prompt) + 20
+    assert capacities[-1] == len(prompt) + 20
 
 
-def test_ids_outside_the_vocabulary_do_no_harm(loaded):
+def test_ids_outside_the_vocabulary_do_no_harm(loaded: tuple[str, Drafter]) -> None:
     _, model = loaded
     context = model.open(context_spec([1, WIDTH, WIDTH + 40], logits_width=WIDTH + 64))
-    law = context.propose()
+    law = proposed(context)
     assert len(law.probs) == WIDTH + 64
     assert not law.probs[WIDTH:].any()
 
 
-def test_a_long_prompt_does_not_starve_others(prompt):
+def test_a_long_prompt_does_not_starve_others(prompt: list[int]) -> None:
     model = drafter.load(DrafterSpec("onnx", folder("draft-int4")))
-    events = []
+    events: list[tuple[int, object]] = []
     worker = DraftWorker(model, lambda context_id, event: events.append((context_id, event)))
     rng = np.random.default_rng(0)
-    long = context_spec(rng.integers(10, WIDTH, 640))
+    long = context_spec(rng.integers(10, WIDTH, 640).tolist())
     worker.handle(0, OpenContext(long, 640, limit=650))
     worker.handle(1, OpenContext(context_spec(prompt), len(prompt), limit=len(prompt) + 50))
     while all(context_id != 0 for context_id, _ in events):
@@ -128,16 +172,20 @@ def test_a_long_prompt_does_not_starve_others(prompt):
 
 
 @pytest.mark.parametrize("mode", VerificationMode)
-async def test_killed_worker_goes_on_with_the_real_model(prompt, mode):
+async def test_killed_worker_goes_on_with_the_real_model(
+    prompt: list[int], mode: VerificationMode
+) -> None:
     async def draft(spec: ContextSpec, count: int, kill_after: int = 0) -> list[Drafted]:
         drafting = DraftingProcess(DrafterSpec("onnx", folder("draft-int8")))
         await drafting.start()
         events: list[Drafted] = []
         done = asyncio.Event()
 
-        def on_event(event) -> None:
+        def on_event(event: DraftEvent) -> None:
+            assert isinstance(event, Drafted)
             events.append(event)
             if len(events) == kill_after:
+                assert drafting.pid is not None
                 os.kill(drafting.pid, signal.SIGKILL)
             if len(events) == count:
                 done.set()
@@ -149,7 +197,7 @@ async def test_killed_worker_goes_on_with_the_real_model(prompt, mode):
         await drafting.stop()
         return events
 
-    spec = context_spec(prompt, mode, temperature=0.3)
+    spec = context_spec(prompt, mode=mode, temperature=0.3)
     undisturbed, killed = await draft(spec, 24), await draft(spec, 24, kill_after=9)
     assert killed[:9] == undisturbed[:9]
     assert [event.position for event in killed] == [event.position for event in undisturbed]
@@ -164,7 +212,7 @@ async def test_killed_worker_goes_on_with_the_real_model(prompt, mode):
     raise AssertionError("the new worker goes on with another text than the lost one's")
 
 
-def test_onnx_drafter_loads_neither_torch_nor_transformers():
+def test_onnx_drafter_loads_neither_torch_nor_transformers() -> None:
     program = (
         "import sys; from edge_agent.drafting import drafter, worker_main;"
         "from edge_agent.drafting.messages import DrafterSpec;"
@@ -174,7 +222,7 @@ def test_onnx_drafter_loads_neither_torch_nor_transformers():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)
 
 
-def test_a_broken_model_is_told(tmp_path):
+def test_a_broken_model_is_told(tmp_path: Path) -> None:
     source = Path(folder("draft-int4"))
     (tmp_path / "genai_config.json").write_bytes((source / "genai_config.json").read_bytes())
     (tmp_path / "model.onnx").write_bytes(b"no model")
