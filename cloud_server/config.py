@@ -103,6 +103,12 @@ class EngineConfig:
         check=_within(0, 16),
         allowed="0..16",
     )
+    step_timeout_s: float = setting(
+        300.0,
+        "an engine that finishes no step for so long is given up, and the server ends",
+        check=_within(1, 86400),
+        allowed="1..86400",
+    )
     args: dict[str, Any] = setting(
         {}, "further vLLM engine arguments by their own names, e.g. max_model_len"
     )

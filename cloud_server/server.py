@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -22,11 +23,13 @@ from cloud_server.admission import AdmittedCalls
 from cloud_server.auth import interceptor
 from cloud_server.config import CloudConfig, ServerConfig
 from cloud_server.engine.interface import VerificationEngine
+from cloud_server.heartbeat import Heartbeat
 from cloud_server.metrics import CloudMetrics, MetricsServer
 from cloud_server.servicer import SpeculationServicer
 from cloud_server.status import STATUS_TIMEOUT_S
 from cloud_server.tls import server_credentials
 from picospec.errors import CloudUnavailable, ConfigError
+from picospec.service_manager import ServiceManager
 from picospec.v1 import speculation_pb2, speculation_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -56,11 +59,13 @@ class CloudServer:
         credentials = server_credentials(config.server)
         async with _progress(f"loading {config.engine.model}"):
             card = await self._engine.start()
+        self.heartbeat = Heartbeat(self._engine, config.engine.step_timeout_s)
         self.calls = AdmittedCalls(
             config.server.max_sessions,
             config.server.outbound_frames_max,
             config.server.session_idle_timeout_s,
         )
+        self.model_id = card.model_id
         self.metrics = CloudMetrics(card)
         self.servicer = SpeculationServicer(self._engine, card, self.calls, self.metrics)
         self.health = health.aio.HealthServicer()
@@ -84,6 +89,7 @@ class CloudServer:
         await self.health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
         await self._grpc.start()
         self._watch = asyncio.create_task(self._watch_engine(), name="watch-engine")
+        self._beating = asyncio.create_task(self.heartbeat.run(), name="heartbeat")
         logger.info(
             "serving %s on %s:%d", card.model_id, config.server.host, self.port,
             extra={"metrics_port": self.metrics_server.port, "max_model_len": card.max_model_len},
@@ -104,17 +110,18 @@ class CloudServer:
         self.calls.end_all("shutdown", CloudUnavailable("The server is shutting down"))
         await _first_of(self.calls.drained(), timeout_s=STATUS_TIMEOUT_S)
         await self._grpc.stop(grace=0.5)
-        self._watch.cancel()
-        await asyncio.gather(self._watch, return_exceptions=True)
+        for task in (self._watch, self._beating):
+            task.cancel()
+        await asyncio.gather(self._watch, self._beating, return_exceptions=True)
         await asyncio.to_thread(self.metrics_server.close)
 
     async def _watch_engine(self) -> None:
-        """Feeds the gauges, and ends everything when the engine is dead."""
-        while self._engine.healthy:
+        """Feeds the gauges, and ends everything when the engine is dead, or hangs."""
+        while self._engine.healthy and not self.heartbeat.problem:
             self.metrics.engine(self._engine.stats(), healthy=True)
             self.metrics.asyncio_tasks(len(asyncio.all_tasks()))
             await asyncio.sleep(self._config.server.health_interval_s)
-        logger.error("the engine died")
+        logger.error("%s", self.heartbeat.problem or "the engine died")
         self.metrics.engine(self._engine.stats(), healthy=False)
         self.calls.refuse("The engine died")
         self.calls.end_all("engine_error", CloudUnavailable("The engine died"))
@@ -153,18 +160,26 @@ async def serve(config: CloudConfig, engine: VerificationEngine) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     server = CloudServer(config, engine)
+    manager = ServiceManager.from_environ(os.environ)
+    manager.status(f"loading {config.engine.model}")
+    feeding: asyncio.Task[None] | None = None
     try:
         if not await _start_unless(server, stop):
             _default_signals(loop)
             return EXIT_OK
+        manager.ready(f"serving {server.model_id} on {config.server.host}:{server.port}")
+        feeding = asyncio.create_task(manager.feed_watchdog(lambda: server.heartbeat.problem))
         await _first_of(stop.wait(), server.engine_died.wait())
         # Ctrl-C reaches the engine's process as well: its death after a signal is no failure.
         exit_code = EXIT_OK if stop.is_set() else EXIT_ENGINE
         logger.info("shutting down", extra={"sessions": len(server.calls)})
+        manager.stopping(f"ending; {len(server.calls)} generations may go on")
         await server.stop(hurry)
         return exit_code
     finally:
         await _first_of(engine.shutdown(), timeout_s=ENGINE_SHUTDOWN_TIMEOUT_S)
+        if feeding is not None:
+            feeding.cancel()
         logger.info("stopped")
 
 

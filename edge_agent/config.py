@@ -107,6 +107,12 @@ class DrafterConfig:
         check=lambda v: 1 <= v <= 4096,
         allowed="1..4096",
     )
+    turn_timeout_s: float = setting(
+        60.0,
+        "a drafter that finishes no turn for so long is killed and replaced",
+        check=lambda v: 1 <= v <= 3600,
+        allowed="1..3600",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
@@ -40,6 +41,7 @@ from edge_agent.tokenizer import Tokenizer
 from picospec.errors import ConfigError, ModelMismatch
 from picospec.performance.costs import Scheme
 from picospec.protocol.messages import ModelCard, VerificationMode
+from picospec.service_manager import ServiceManager
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,11 @@ def drafter_state(drafting: DraftingProcess) -> DrafterState:
     return DrafterState(drafting.alive, drafting.restarts, drafting.open_contexts)
 
 
+def liveness(drafting: DraftingProcess) -> str:
+    """What keeps the watchdog from being fed; "" if nothing does."""
+    return "the drafter hangs and cannot be replaced" if drafting.hung else ""
+
+
 def check_card(card: ModelCard, tokenizer: Tokenizer, policy: SpeculationPolicy) -> None:
     """Raises ModelMismatch unless this edge can speculate for that cloud."""
     tokenizer.check_pair(card)
@@ -101,6 +108,7 @@ class EdgeServer:
         self._socket = bind(config.server)
         self._stopping = asyncio.Event()
         self._forced = asyncio.Event()
+        self._manager = ServiceManager.from_environ(os.environ)
 
     @property
     def port(self) -> int:
@@ -117,10 +125,12 @@ class EdgeServer:
         """Until stopped. Raises DrafterFailed if the drafter cannot be loaded."""
         config = self._config
         drafter = config.drafter
+        self._manager.status("loading the drafter")
         async with contextlib.AsyncExitStack() as stack:
             drafting = DraftingProcess(
                 DrafterSpec(drafter.backend, drafter.model, drafter.threads, drafter.cpu),
                 drafter.max_contexts,
+                turn_timeout_s=drafter.turn_timeout_s,
             )
             stack.push_async_callback(drafting.stop)
             stack.enter_context(self._handling_signals())
@@ -148,8 +158,8 @@ class EdgeServer:
                 link, drafting, watch.card, policy, metrics, control_of(config)
             )
             host = EdgeHost(self._tokenizer, generator, watch, drafting)
-            watching = asyncio.create_task(watch.run(), name="model-watch")
-            stack.callback(watching.cancel)
+            for work in (watch.run(), self._manager.feed_watchdog(lambda: liveness(drafting))):
+                stack.callback(asyncio.create_task(work).cancel)
             await self._serve(host, metrics)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
@@ -190,11 +200,13 @@ class EdgeServer:
         )
         serving = asyncio.create_task(http.serve([self._socket]), name="http")
         logger.info("listening on http://%s:%d", server.host, self.port)
+        self._manager.ready(f"listening on http://{server.host}:{self.port}")
         stopping = asyncio.create_task(self._stopping.wait())
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         gate.closing = True
         http.should_exit = True
+        self._manager.stopping(f"ending; {gate.active} answers may go on")
         if gate.active:
             logger.info("ending; %d answers may go on", gate.active)
         await self._drained(gate)

@@ -128,6 +128,12 @@ class VLLMEngine:
             return
         await self._client.abort_requests_async([session_key])
 
+    async def ping(self) -> None:
+        try:
+            await self._alive().is_sleeping_async()
+        except EngineDeadError:
+            raise CloudUnavailable("the engine is not running") from None
+
     def stats(self) -> EngineStats:
         return self._stats
 

@@ -69,6 +69,13 @@ class VerificationEngine(Protocol):
         """End a session and free its KV cache at once. Idempotent; no event follows."""
         ...
 
+    async def ping(self) -> None:
+        """Returns when the engine has answered, which it does between two steps.
+
+        Raises CloudUnavailable if the engine is dead.
+        """
+        ...
+
     def stats(self) -> EngineStats: ...
 
     @property

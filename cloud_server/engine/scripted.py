@@ -68,6 +68,7 @@ class ScriptedEngine:
         self.start_error: PicoSpecError | None = None
         self.open_error: PicoSpecError | None = None
         self.mute = False  # keep every event back
+        self.hung = False  # leave pings without an answer
         self.opened: list[tuple[str, Open]] = []
         self.delivered: list[tuple[str, Draft]] = []
         self.aborted: list[str] = []
@@ -97,6 +98,11 @@ class ScriptedEngine:
         self.aborted.append(session_key)
         if (sequence := self._sequences.pop(session_key, None)) is not None:
             sequence.close()
+
+    async def ping(self) -> None:
+        self._check_alive()
+        if self.hung:
+            await asyncio.Event().wait()
 
     def stats(self) -> EngineStats:
         waiting = sum(not sequence.busy for sequence in self._sequences.values())

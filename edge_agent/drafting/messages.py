@@ -92,7 +92,12 @@ class CloseContext:
     """Free the context; no event follows."""
 
 
-Command = OpenContext | Allow | Rollback | Recover | CloseContext
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Answered by Pong between two turns: the worker is not hung."""
+
+
+Command = OpenContext | Allow | Rollback | Recover | CloseContext | Ping
 
 
 # Events
@@ -153,6 +158,11 @@ DraftEvent = Drafted | Exhausted | Paused | Recovered | ProbeNeeded | ContextFai
 
 
 # The worker's own reports
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The worker has finished the turn in which Ping reached it."""
 
 
 @dataclass(frozen=True, slots=True)

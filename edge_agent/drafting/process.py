@@ -4,7 +4,8 @@ Why a process: a runtime's forward holds the GIL, so drafting in this one would 
 answer at every token (docs/architecture.md). The laws of this file:
 1. Nothing here blocks the event loop; what waits to be written is bounded.
 2. A worker that dies is replaced, and every open context is rebuilt from its mirror
-   (context.py) where its events left off. No chat is lost.
+   (context.py) where its events left off. No chat is lost. A worker that finishes no turn for
+   `turn_timeout_s` is hung, and killed: that is a death like any other.
 3. Deaths are bounded: after more than RESTARTS_MAX within RESTART_WINDOW_S all contexts fail and
    new ones are refused, until a start succeeds; the next is tried after RETRY_AFTER_S.
 """
@@ -32,6 +33,7 @@ from edge_agent.drafting.messages import (
     Drafted,
     DrafterSpec,
     LoadFailed,
+    Ping,
     Ready,
 )
 from picospec.errors import CapacityError, DrafterFailed
@@ -42,6 +44,10 @@ RETRY_AFTER_S = 60.0
 BACKOFF_FIRST_S = 0.05  # doubles with each death in the window
 EXIT_GRACE_S = 2.0  # from the end of the stream to SIGKILL
 PENDING_BYTES_MAX = 16 << 20  # a worker that reads nothing for so long hangs
+TURN_TIMEOUT_S = 60.0  # the longest turn is the prefill of a long prompt
+PINGS_PER_TIMEOUT = 4
+
+_NO_CONTEXT = 0  # contexts count from 1
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +56,11 @@ class DraftingProcess:
     """A `context.Drafting` over a worker process. Use it from one event loop."""
 
     def __init__(
-        self, spec: DrafterSpec, max_contexts: int = 64, load_timeout_s: float = 120.0
+        self,
+        spec: DrafterSpec,
+        max_contexts: int = 64,
+        load_timeout_s: float = 120.0,
+        turn_timeout_s: float = TURN_TIMEOUT_S,
     ) -> None:
         self.restarts = 0
         self.logits_width = 0
@@ -59,6 +69,8 @@ class DraftingProcess:
         self._spec = spec
         self._max_contexts = max_contexts
         self._load_timeout_s = load_timeout_s
+        self._turn_timeout_s = turn_timeout_s
+        self._unanswered_pings = 0
         self._contexts: dict[int, DraftContext] = {}
         self._opened = 0
         self._worker: _Worker | None = None  # loaded and connected
@@ -72,6 +84,11 @@ class DraftingProcess:
     @property
     def pid(self) -> int | None:
         return self._worker.pid if self._worker is not None else None
+
+    @property
+    def hung(self) -> bool:
+        """Whether the worker is long due to be killed for finishing no turn."""
+        return self._unanswered_pings > 2 * PINGS_PER_TIMEOUT
 
     @property
     def open_contexts(self) -> int:
@@ -121,12 +138,35 @@ class DraftingProcess:
         """Replaces the worker whenever it dies, until cancelled."""
         deaths: deque[float] = deque()
         while True:
-            await worker.ended.wait()
+            await self._until_death(worker)
             self._worker = None
             status = await worker.end()
             logger.warning("the drafter's worker %d died (status %s)", worker.pid, status)
             worker = await self._replace(deaths)
             self._attach(worker)
+
+    async def _until_death(self, worker: _Worker) -> None:
+        """Returns when `worker` has died, of itself or for finishing no turn in its time."""
+        self._unanswered_pings = 0
+        while True:
+            num_heard = worker.num_heard
+            worker.send((_NO_CONTEXT, Ping()))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._turn_timeout_s / PINGS_PER_TIMEOUT):
+                    await worker.ended.wait()
+                    return
+            # Pings are counted, not seconds: when this process was stopped for long, the answer
+            # may lie there unread.
+            self._unanswered_pings += 1
+            if worker.num_heard != num_heard:
+                self._unanswered_pings = 0
+            elif self._unanswered_pings >= PINGS_PER_TIMEOUT:
+                logger.error(
+                    "the drafter's worker %d is killed: it has finished no turn for %g s",
+                    worker.pid,
+                    self._turn_timeout_s,
+                )
+                worker.kill()
 
     def _attach(self, worker: _Worker) -> None:
         """Makes a loaded worker the current one: every open context moves in."""
@@ -190,6 +230,7 @@ class _Worker(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.ended = asyncio.Event()
+        self.num_heard = 0  # times something came from it; it answers every Ping
         self.on_message = self._keep_first
         self._first: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._decoder = Decoder()
@@ -229,6 +270,11 @@ class _Worker(asyncio.Protocol):
     def pid(self) -> int:
         return self._process.pid
 
+    def kill(self) -> None:
+        """SIGKILL, which a stopped process hears, too."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
     def send(self, message: object) -> None:
         if self._transport is None or self._transport.is_closing():
             return
@@ -250,8 +296,7 @@ class _Worker(asyncio.Protocol):
                     await self._process.wait()
         finally:
             if self._process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()
+                self.kill()
         return await self._process.wait()
 
     def _keep_first(self, message: Any) -> None:
@@ -265,6 +310,7 @@ class _Worker(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        self.num_heard += 1
         for message in self._decoder.feed(data):
             try:
                 self.on_message(message)

@@ -19,7 +19,7 @@ import time
 
 from edge_agent.drafting import drafter
 from edge_agent.drafting.ipc import WorkerChannel
-from edge_agent.drafting.messages import DrafterSpec, DraftEvent, LoadFailed, Ready
+from edge_agent.drafting.messages import DrafterSpec, DraftEvent, LoadFailed, Ping, Pong, Ready
 from edge_agent.drafting.worker import DraftWorker
 from picospec.errors import DrafterFailed
 
@@ -54,7 +54,10 @@ def run(channel: WorkerChannel) -> None:
         commands = channel.receive(block=not worker.runnable)
         started = time.perf_counter()  # a recovery is drawn, and told, while it is handled
         for context_id, command in commands:
-            worker.handle(context_id, command)
+            if isinstance(command, Ping):
+                channel.send((context_id, Pong(), 0.0))
+            else:
+                worker.handle(context_id, command)
         worker.step()
         busy_s += time.perf_counter() - started
 

@@ -18,8 +18,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cloud_server.config import CloudConfig, MetricsConfig, ServerConfig
+from cloud_server import heartbeat
+from cloud_server.config import CloudConfig, EngineConfig, MetricsConfig, ServerConfig
 from cloud_server.engine.scripted import ScriptedEngine, toy_target
+from cloud_server.heartbeat import Heartbeat
 from cloud_server.server import EXIT_ENGINE, EXIT_OK, SERVICE_NAME, CloudServer, serve
 from picospec.errors import ConfigError, PicoSpecError
 from picospec.protocol.messages import AssistPolicy, Draft, ModelCard
@@ -138,11 +140,18 @@ async def test_an_engine_that_does_not_start() -> None:
 class Daemon:
     """`serve` in a task, and a channel to it."""
 
-    def __init__(self, engine: ScriptedEngine, port: int, channel: grpc.aio.Channel) -> None:
+    def __init__(
+        self,
+        engine: ScriptedEngine,
+        port: int,
+        channel: grpc.aio.Channel,
+        step_timeout_s: float,
+    ) -> None:
         self.engine = engine
         self.channel = channel
         config = CloudConfig(
             server=ServerConfig(port=port, health_interval_s=0.02, grace_s=5.0),
+            engine=EngineConfig(step_timeout_s=step_timeout_s),
             metrics=MetricsConfig(enabled=False),
         )
         self.exit_code = asyncio.create_task(serve(config, engine))
@@ -161,13 +170,15 @@ class Daemon:
 
 
 @asynccontextmanager
-async def daemon(engine: ScriptedEngine | None = None) -> AsyncIterator[Daemon]:
+async def daemon(
+    engine: ScriptedEngine | None = None, *, step_timeout_s: float = 60.0
+) -> AsyncIterator[Daemon]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     async with asyncio.timeout(10):
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            running = Daemon(engine or ScriptedEngine(), port, channel)
+            running = Daemon(engine or ScriptedEngine(), port, channel, step_timeout_s)
             await health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(service=SERVICE_NAME), wait_for_ready=True
             )
@@ -221,6 +232,28 @@ async def test_the_engines_death_is_an_exit_code() -> None:
         running.engine.die()
         assert (await stream.failure()).code == "UNAVAILABLE"
         assert await running.exit_code == EXIT_ENGINE
+
+
+async def test_an_engine_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.05)
+    async with daemon(step_timeout_s=1.0) as running:
+        stream = running.stream()
+        await stream.start()
+        running.engine.hung = True
+        assert (await stream.failure()).code == "UNAVAILABLE"
+        assert await running.exit_code == EXIT_ENGINE
+
+
+async def test_a_slow_engine_is_not_a_hung_one() -> None:
+    class Slow(ScriptedEngine):
+        async def ping(self) -> None:
+            await asyncio.sleep(0.05)
+
+    beating = Heartbeat(Slow(), step_timeout_s=1.0)
+    task = asyncio.create_task(beating.run())
+    await asyncio.sleep(0.02)
+    assert beating.problem == ""
+    task.cancel()
 
 
 async def test_a_signal_while_the_model_loads_stops_the_start() -> None:

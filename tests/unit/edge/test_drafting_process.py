@@ -234,6 +234,29 @@ async def test_killed_worker_loses_no_chat(script_spec, monkeypatch):
         assert drafting.restarts == 5
 
 
+async def test_a_stopped_worker_is_killed_and_loses_no_chat(script_spec):
+    expected = await undisturbed()
+    async with running(script_spec(token_s=0.001), turn_timeout_s=0.4) as drafting:
+        chats = [Chat(drafting, spec) for spec in SPECS]
+        await asyncio.sleep(0.03)
+        stopped = drafting.pid
+        os.kill(stopped, signal.SIGSTOP)
+        await until(lambda: drafting.alive and drafting.pid != stopped)
+        for chat in chats:
+            await asyncio.wait_for(chat.done.wait(), 30)
+        same(chats, expected)
+        assert drafting.restarts == 1
+        assert not drafting.hung
+
+
+async def test_a_worker_that_finishes_its_turns_is_left_alone(script_spec):
+    async with running(script_spec(), turn_timeout_s=0.2) as drafting:
+        pid = drafting.pid
+        await asyncio.sleep(1.0)  # idle for many times as long as a turn may take
+        assert drafting.pid == pid
+        assert not drafting.hung
+
+
 async def test_worker_killed_while_a_probe_is_out(script_spec):
     async with running(script_spec()) as drafting:
         events = []
