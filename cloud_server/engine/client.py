@@ -14,13 +14,14 @@ import logging
 import time
 
 from vllm.sampling_params import SamplingParams as VLLMSamplingParams
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
+from vllm.v1.serial_utils import MsgpackDecoder
 
 from cloud_server.config import EngineConfig
-from cloud_server.engine.envelope import Delivery, unwrap, wrap
+from cloud_server.engine.envelope import Delivery, VerificationOutputs, wrap
 from cloud_server.engine.interface import EngineSink, EngineStats
 from cloud_server.engine.model import build_vllm_config, model_card
 from picospec.errors import CloudUnavailable, ConfigError, PicoSpecError
@@ -52,7 +53,7 @@ class VLLMEngine:
         vllm_config = await asyncio.to_thread(build_vllm_config, self._config)
         self._card = await asyncio.to_thread(model_card, self._config, vllm_config)
         try:
-            self._client = await asyncio.to_thread(
+            client = await asyncio.to_thread(
                 EngineCoreClient.make_async_mp_client,
                 vllm_config,
                 Executor.get_class(vllm_config),
@@ -62,6 +63,9 @@ class VLLMEngine:
             raise
         except Exception as error:  # whatever vLLM raises for a failed start
             raise PicoSpecError(f"the engine did not start: {error}") from error
+        # No message has been read so far: the reader starts in the event loop, with this decoder.
+        client.decoder = MsgpackDecoder(VerificationOutputs)
+        self._client = client
         # vLLM may have shortened the length to what the KV cache holds.
         self._card = dataclasses.replace(
             self._card, max_model_len=vllm_config.model_config.max_model_len
@@ -102,7 +106,7 @@ class VLLMEngine:
             self._sending = asyncio.create_task(self._send_deliveries(), name="deliveries")
 
     async def _send_deliveries(self) -> None:
-        """One message for the drafts of all sessions that spoke in the same turn of the loop.
+        """One message for the drafts of all sessions that came in the same turn of the loop.
 
         A message costs the engine several times what a draft in it does. An Open is sent at once,
         so it is always ahead of its session's drafts.
@@ -120,7 +124,7 @@ class VLLMEngine:
                 cache_salt=None,
                 data_parallel_rank=None,
             )
-            with contextlib.suppress(EngineDeadError):  # `_read_outputs` tells the sessions
+            with contextlib.suppress(EngineDeadError):  # `_read_outputs` ends the sessions
                 await self._client.add_request_async(request)
 
     async def abort(self, session_key: str) -> None:
@@ -162,31 +166,33 @@ class VLLMEngine:
         assert self._client is not None
         try:
             while True:
-                self._dispatch(await self._client.get_output_async())
+                outputs = await self._client.get_output_async()
+                assert isinstance(outputs, VerificationOutputs)
+                self._dispatch(outputs)
         except asyncio.CancelledError:
             raise
-        except Exception:  # EngineDeadError, or whatever broke the socket: nothing comes any more
+        except Exception:  # EngineDeadError or a broken socket: no output will come
             logger.exception("the engine died")
             self._dead = True
             sinks, self._sinks = self._sinks, {}
             for sink in sinks.values():
                 sink(CloudUnavailable("the engine died"))
 
-    def _dispatch(self, outputs: EngineCoreOutputs) -> None:
-        stats = outputs.scheduler_stats
-        if stats is not None and (ours := unwrap(stats.kv_connector_stats)) is not None:
-            self._stats = ours
+    def _dispatch(self, outputs: VerificationOutputs) -> None:
+        report = outputs.open_report()
+        if report is not None:
+            self._stats = report.stats
+            for session_key, events in report.events.items():
+                sink = self._sinks.get(session_key)
+                if sink is None:
+                    continue
+                for event in events:
+                    if isinstance(event, PicoSpecError) or (
+                        isinstance(event, Verdict) and event.finish_reason is not None
+                    ):
+                        self._sinks.pop(session_key, None)
+                    sink(event)
         for output in outputs.outputs:
-            sink = self._sinks.get(output.request_id)
-            events = unwrap(output.kv_transfer_params)
-            if sink is None or events is None:
-                if sink is not None and output.finish_reason is not None:
-                    del self._sinks[output.request_id]
-                    sink(PicoSpecError("the engine ended the session without a verdict"))
-                continue
-            for event in events:
-                if isinstance(event, PicoSpecError) or (
-                    isinstance(event, Verdict) and event.finish_reason is not None
-                ):
-                    self._sinks.pop(output.request_id, None)
-                sink(event)
+            if output.finish_reason is not None and output.request_id in self._sinks:
+                sink = self._sinks.pop(output.request_id)
+                sink(PicoSpecError("the engine ended the session without a verdict"))

@@ -1,22 +1,23 @@
 """A generation as the scheduler sees it, and judging a draft without a forward.
 
 When a step accepts all its drafts, its last logits row is of the next position. Stock speculation
-draws a bonus token from it; split verification may not (the edge draws), and would forward the last
-token again with the next drafts. So the row is kept: the next draft is judged by it the moment it
-arrives. Rejected, the edge knows at once; accepted, it takes the last token's place in the
-next forward, which is a position shorter.
+draws a bonus token from it. Split verification may not, because the edge draws, and would forward
+the last token again with the next drafts. So the row is kept: the next draft is judged by it the
+moment it arrives. If it is rejected, the edge knows at once; if it is accepted, it takes the last
+token's place in the next forward, which is a position shorter.
 
-A row that the next draft will want is computed ahead: as soon as a recovered token is there it
-is forwarded, alone if nothing else has come (the paper's pre-verification).
+A row that the next draft will need is computed ahead: a recovered token is forwarded as soon as
+it is there, alone if nothing else has come (the paper's pre-verification).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
-from vllm.v1.request import Request, RequestStatus
 
 from cloud_server.engine.judging.verification import (
     StepKind,
@@ -24,29 +25,66 @@ from cloud_server.engine.judging.verification import (
     VerificationParams,
     verify,
 )
+from cloud_server.engine.takeover import TAKEOVERS, Takeover
+from cloud_server.engine.verdicts import Tally
 from picospec.protocol.draft_queue import DraftQueue, Work
-from picospec.protocol.messages import EMPTY_TOKENS, Open, VerificationMode
+from picospec.protocol.messages import EMPTY_TOKENS, Open, Verdict, VerificationMode
+
+
+class EngineRequest(Protocol):
+    """What this package reads and writes of vLLM's request (vllm/v1/request.py)."""
+
+    request_id: str
+    max_tokens: int
+    num_computed_tokens: int
+    is_prefill_chunk: bool  # the step that was scheduled last leaves some of the prompt
+    spec_token_ids: list[int]  # drafts for the coming step
+    next_decode_eligible_step: int  # the number of the first step that may schedule it
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+    @property
+    def all_token_ids(self) -> Sequence[int]: ...
 
 
 @dataclass(slots=True, eq=False)
 class EngineSession:
     """What the scheduler knows of a session beside vLLM's request."""
 
-    request: Request
+    request: EngineRequest
     opening: Open
     queue: DraftQueue
     params: VerificationParams
+    takeover: Takeover
     keeps_rows: bool  # whether the worker hands rows out
+    resident: bool = False  # holds KV cache: vLLM has scheduled it, and nobody has evicted it
     opened: bool = False  # the edge has been told that the prompt is in
     work: Work | None = None  # what the running step was asked to judge
-    unseen_forced: list[int] = field(default_factory=list)  # appended, not in the worker yet
+    # Appended by the scheduler (recovered by the edge, or accepted by a row); the worker's copy of
+    # the session has not seen them.
+    appended_token_ids: list[int] = field(default_factory=list)
     last_step: int = 0  # in which it was scheduled, for least-recently-used eviction
     row: torch.Tensor | None = None  # [1, vocab_size] logits of position request.num_tokens
     row_due: bool = False  # the last token is to be forwarded whether drafts are there or not
-    # Since the last verdict:
-    num_by_row: int = 0  # drafts accepted by a row
-    num_forwards: int = 0
-    arrived_s: float = 0.0  # of the newest draft judged by a row
+    tally: Tally = field(default_factory=Tally)
+
+    @classmethod
+    def of(
+        cls, request: EngineRequest, opening: Open, *, logits_width: int, may_keep_rows: bool
+    ) -> EngineSession:
+        """A new session, as `opening` asks for it."""
+        whole_rounds = opening.verify_whole_rounds
+        split = opening.mode is VerificationMode.SPLIT
+        return cls(
+            request,
+            opening,
+            DraftQueue(opening.mode, request.all_token_ids, verify_whole_rounds=whole_rounds),
+            VerificationParams.of(opening, logits_width),
+            TAKEOVERS[opening.assist],
+            keeps_rows=may_keep_rows and split and not whole_rounds,
+        )
 
     @property
     def split(self) -> bool:
@@ -57,26 +95,38 @@ class EngineSession:
         return not self.opened or self.request.num_computed_tokens < self.request.num_tokens - 1
 
     @property
-    def speaks(self) -> bool:
-        """Whether its edge has asked for something: the prompt's prefill, or a judgement."""
+    def edge_waits(self) -> bool:
+        """Whether the edge waits for something: the prompt's prefill, or a judgement."""
         return not self.opened or self.row_due or self.queue.has_work
 
-    @property
-    def has_own_step(self) -> bool:
-        """Whether a step can bring it forward, whatever its assist policy."""
-        if self.speaks:
-            return True
-        return self.request.status == RequestStatus.RUNNING and self.prefilling
+    def has_step(self, *, engine_idle: bool) -> bool:
+        """Whether the next step can bring the session forward; `engine_idle` as in takeover.py."""
+        return (
+            self.edge_waits
+            or (self.resident and self.prefilling)
+            or self.takeover.is_due(engine_idle=engine_idle)
+        )
 
-    def extended(self) -> None:
-        """A token was committed beyond what was forwarded."""
-        self.row = None
-        self.row_due = self.keeps_rows
+    def scheduled(self, step: int) -> None:
+        """Step number `step` forwards tokens of it."""
+        self.resident = True
+        self.last_step = step
 
     def evicted(self) -> None:
-        """Its KV cache is gone. A verdict that is owed brings it back, nothing else does."""
+        """Its KV cache is gone. Only a verdict that is still owed brings it back by itself."""
+        self.resident = False
         self.row = None
-        self.row_due = self.num_by_row > 0
+        self.row_due = self.tally.num_by_row > 0
+
+    def append(self, token_id: int) -> None:
+        """Note a token that the scheduler has appended to the request.
+
+        Every token before it has been forwarded: the row it was judged by came from that.
+        """
+        self.appended_token_ids.append(token_id)
+        self._extended()
+        if self.resident:
+            self.request.num_computed_tokens = self.request.num_tokens - 1
 
     def judge_by_row(self, work: Work) -> StepResult:
         """Judge the one draft of `work`, or answer its probe. Uses the row up.
@@ -85,6 +135,7 @@ class EngineSession:
         """
         assert self.row is not None
         row, self.row = self.row, None
+        self.tally.arrived_s = work.arrived_s
         prompt = output = EMPTY_TOKENS
         if self.params.sampling.has_penalties:
             prompt = self.opening.prompt_token_ids
@@ -100,3 +151,14 @@ class EngineSession:
             step=StepKind.PROBE if work.probe else StepKind.DRAFTS,
             attempt=max(0, work.probe - 1),
         )
+
+    def told(self, verdict: Verdict) -> None:
+        """`verdict` is on its way: what it commits beyond the forward has no row yet."""
+        if verdict.token_ids and verdict.finish_reason is None:
+            self._extended()
+        self.queue.judged(rejected=verdict.rejection is not None)
+
+    def _extended(self) -> None:
+        """A token was committed beyond what was forwarded."""
+        self.row = None
+        self.row_due = self.keeps_rows

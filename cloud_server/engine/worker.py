@@ -22,15 +22,10 @@ from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 
 from cloud_server.engine import step_padding
-from cloud_server.engine.envelope import (
-    MIN_STEP_TOKENS,
-    StepOutcome,
-    StepPlan,
-    VerificationStep,
-    unwrap,
-)
+from cloud_server.engine.envelope import MIN_STEP_TOKENS, StepOutcome, unwrap
 from cloud_server.engine.judging.verification import VerificationParams, verify
 from cloud_server.engine.step_padding import Padding
+from cloud_server.engine.step_plan import StepPlan, VerificationStep
 from picospec.errors import NumericalError
 from picospec.protocol.messages import EMPTY_TOKENS, Open, TokenArray
 
@@ -70,13 +65,13 @@ class VerificationRunner:
             self._params.pop(request_id, None)
             self._opens.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
-            request: Open | None = unwrap(new.sampling_params and new.sampling_params.extra_args)
-            if request is not None:  # vLLM's warm-up requests have none
+            request = unwrap(new.sampling_params and new.sampling_params.extra_args)
+            if isinstance(request, Open):  # vLLM's warm-up requests have none
                 self._opens[new.req_id] = request
                 self._params[new.req_id] = VerificationParams.of(
                     request, self.model_config.get_vocab_size()
                 )
-        for request_id, token_ids in self._step.forced.items():
+        for request_id, token_ids in self._step.appended_token_ids.items():
             self._append(request_id, token_ids)
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 

@@ -18,24 +18,32 @@ from vllm.config import SpeculativeConfig
 from vllm.config import vllm as vllm_config_module
 from vllm.platforms import cpu as cpu_platform
 from vllm.sampling_params import SamplingParams
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
-from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
+from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient, MPClient
 from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode import custom_class_proposer
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
+
+from cloud_server.engine.envelope import EngineReport, VerificationOutputs
+from cloud_server.engine.interface import EngineStats, Prefilled
+from cloud_server.engine.scheduler import VerificationScheduler
+from cloud_server.engine.worker import VerificationRunner, VerificationWorker
+from picospec.errors import NumericalError
+from tests.support.builders import make_verdict
 
 pytestmark = pytest.mark.engine
 
@@ -50,30 +58,65 @@ def takes(function: Callable[..., Any], *names: str) -> bool:
     return list(inspect.signature(function).parameters)[: len(names)] == list(names)
 
 
+# Our classes, vLLM's that they stand before, and how vLLM calls each method that ours overrides.
+OVERRIDES: list[tuple[type, type, dict[str, tuple[str, ...]]]] = [
+    (
+        VerificationScheduler,
+        Scheduler,
+        {
+            "schedule": ("self", "throttle_prefills"),
+            "update_from_output": ("self", "scheduler_output", "model_runner_output"),
+            "add_request": ("self", "request"),
+            "has_unfinished_requests": ("self",),
+            "_free_request": ("self", "request"),
+            "_preempt_request": ("self", "request", "timestamp"),
+            "_handle_blocked_waiting_request": ("self", "request"),
+            "update_draft_token_ids": ("self", "draft_token_ids"),
+            "make_spec_decoding_stats": ("self", "spec_decoding_stats"),
+        },
+    ),
+    (
+        VerificationRunner,
+        GPUModelRunner,
+        {
+            "execute_model": ("self", "scheduler_output"),
+            "_sample": ("self", "logits", "spec_decode_metadata"),
+            "sample_tokens": ("self", "grammar_output"),
+            "_model_forward": ("self",),
+            "take_draft_token_ids": ("self",),
+        },
+    ),
+    (VerificationWorker, Worker, {"init_device": ("self",), "compile_or_warm_up_model": ("self",)}),
+]
+
+
+def overridden(ours: type, theirs: type) -> set[str]:
+    """The methods of vLLM's class that ours takes over, whether by intent or by a name's chance."""
+    return {
+        name
+        for name, value in vars(ours).items()
+        if callable(value) and hasattr(theirs, name) and not name.startswith("__")
+    }
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "methods"), OVERRIDES, ids=lambda value: str(value)[:60]
+)
+def test_methods_we_override(ours: type, theirs: type, methods: dict[str, tuple[str, ...]]) -> None:
+    assert overridden(ours, theirs) == set(methods)
+    for name, arguments in methods.items():
+        method = getattr(theirs, name)
+        assert takes(method, *arguments), f"{method.__qualname__}{inspect.signature(method)}"
+
+
 @pytest.mark.parametrize(
     ("method", "arguments"),
     [
-        (Scheduler.schedule, ("self", "throttle_prefills")),
-        (Scheduler.update_from_output, ("self", "scheduler_output", "model_runner_output")),
-        (Scheduler.add_request, ("self", "request")),
         (Scheduler.finish_requests, ("self", "request_ids", "finished_status")),
-        (Scheduler._free_request, ("self", "request")),
-        (Scheduler._preempt_request, ("self", "request", "timestamp")),
-        (Scheduler._handle_blocked_waiting_request, ("self", "request")),
-        (Scheduler.get_num_unfinished_requests, ("self",)),
-        (Scheduler.update_draft_token_ids, ("self", "draft_token_ids")),
-        (Scheduler.make_spec_decoding_stats, ("self", "spec_decoding_stats")),
         (check_stop, ("request", "max_model_len")),
         (Request.append_output_token_ids, ("self", "token_ids")),
         (Request.take_prefill_stats, ("self",)),
         (BlockPool.get_num_free_blocks, ("self",)),
-        (GPUModelRunner.execute_model, ("self", "scheduler_output")),
-        (GPUModelRunner._sample, ("self", "logits", "spec_decode_metadata")),
-        (GPUModelRunner.sample_tokens, ("self", "grammar_output")),
-        (GPUModelRunner._model_forward, ("self",)),
-        (GPUModelRunner.take_draft_token_ids, ("self",)),
-        (Worker.init_device, ("self",)),
-        (Worker.compile_or_warm_up_model, ("self",)),
         (GPUModelRunner._dummy_run, ("self", "num_tokens")),
         (AsyncMPClient.add_request_async, ("self", "request")),
         (AsyncMPClient.abort_requests_async, ("self", "request_ids")),
@@ -86,9 +129,7 @@ def takes(function: Callable[..., Any], *names: str) -> bool:
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
-def test_methods_we_call_or_override(
-    method: Callable[..., Any], arguments: tuple[str, ...]
-) -> None:
+def test_methods_we_call(method: Callable[..., Any], arguments: tuple[str, ...]) -> None:
     assert takes(method, *arguments), f"{method.__qualname__}{inspect.signature(method)}"
 
 
@@ -98,17 +139,17 @@ def test_methods_we_call_or_override(
         (
             Scheduler.schedule,
             "self.current_step += 1",
-            "scheduler._plan holds a session for the step that this line begins",
+            "StepPlanner.compose holds a session for the step that this line begins",
         ),
         (
             Scheduler.schedule,
             "if self.current_step < request.next_decode_eligible_step:",
-            "scheduler._plan holds sessions by next_decode_eligible_step",
+            "StepPlanner.compose holds sessions by next_decode_eligible_step",
         ),
         (
             Scheduler.schedule,
             "spec_token_ids = spec_token_ids[:num_scheduled_spec_tokens]",
-            "drafts that do not fit are cut at the end: _plan_rows takes the first ones' q",
+            "drafts that do not fit are cut at the end: StepPlanner takes the first ones' q",
         ),
         (
             Scheduler.schedule,
@@ -118,18 +159,18 @@ def test_methods_we_call_or_override(
         (
             Scheduler.schedule,
             "self.max_model_len - request.num_computed_tokens - self.num_sampled_tokens_per_step",
-            "scheduler._room: no draft beyond max_model_len - 1",
+            "StepPlanner: no draft beyond max_model_len - 1",
         ),
         (
             Scheduler.schedule,
             "if num_running >= self.max_num_active_reqs: break",
-            "scheduler._make_room evicts held sessions when the batch is full",
+            "residency.py evicts held sessions when the batch is full",
         ),
         (
             Scheduler._update_after_schedule,
             "request.is_prefill_chunk = request.num_computed_tokens < "
             "( request.num_tokens + request.num_output_placeholders )",
-            "scheduler._describe: only a whole prefill has rows to judge",
+            "StepPlanner.describe: only a whole prefill has rows to judge",
         ),
         (
             Scheduler.update_from_output,
@@ -139,7 +180,7 @@ def test_methods_we_call_or_override(
         (
             Scheduler._update_request_with_output,
             "del new_token_ids[num_new:]",
-            "a stop cuts the tokens: scheduler._conclude trusts what is left",
+            "a stop cuts the tokens: Tally.conclude trusts what is left",
         ),
         (
             Scheduler._preempt_request,
@@ -154,7 +195,37 @@ def test_methods_we_call_or_override(
         (
             Scheduler._free_blocks,
             "del self.requests[request.request_id]",
-            "scheduler.get_num_unfinished_requests counts plain requests by it",
+            "scheduler.has_unfinished_requests counts plain requests by it",
+        ),
+        (
+            EngineCoreProc.has_work,
+            "self.scheduler.has_requests()",
+            "the engine sleeps while has_unfinished_requests is false",
+        ),
+        (
+            SchedulerInterface.has_requests,
+            "self.has_unfinished_requests() or self.has_finished_requests()",
+            "what the engine asks; scheduler.has_unfinished_requests answers",
+        ),
+        (
+            MPClient.__init__,
+            "self.decoder = MsgpackDecoder(EngineCoreOutputs)",
+            "client.start puts a decoder of VerificationOutputs in its place",
+        ),
+        (
+            AsyncMPClient._ensure_output_queue_task,
+            "decoder = self.decoder",
+            "the reader, which starts in the event loop, uses that decoder",
+        ),
+        (
+            AsyncMPClient._ensure_output_queue_task,
+            "if outputs.outputs or outputs.scheduler_stats:",
+            "a report without vLLM's outputs is passed on: the statistics are always there",
+        ),
+        (
+            Scheduler.update_from_output,
+            "engine_core_outputs[0] = eco = EngineCoreOutputs() eco.scheduler_stats = stats",
+            "with statistics on, the first client's outputs carry them in every step",
         ),
         (
             EngineCore.step,
@@ -164,7 +235,7 @@ def test_methods_we_call_or_override(
         (
             EngineCoreProc._process_input_queue,
             "while not self.has_work() and self.is_running():",
-            "the engine sleeps while get_num_unfinished_requests is 0",
+            "the engine sleeps while has_unfinished_requests is false",
         ),
         (
             GPUModelRunner.sample_tokens,
@@ -179,7 +250,7 @@ def test_methods_we_call_or_override(
         (
             GPUModelRunner._bookkeeping_sync,
             "start_idx = self.input_batch.num_tokens_no_spec[req_idx]",
-            "worker._append adds recovered tokens the way sampled ones are",
+            "worker._append adds the scheduler's tokens the way sampled ones are",
         ),
         (
             GPUModelRunner._update_states,
@@ -253,7 +324,6 @@ def test_scheduler_attributes() -> None:
         assert f"self.{name}" in text, name
     assert "usage" in dir(KVCacheManager)
     assert "self.block_pool" in source(KVCacheManager.__init__)
-    assert cdiv(33, 32) == 2
 
 
 def test_messages_carry_what_we_put_in_them() -> None:
@@ -272,18 +342,38 @@ def test_messages_carry_what_we_put_in_them() -> None:
     decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=EngineCoreRequest)
     assert decoded.sampling_params is not None
     assert decoded.sampling_params.extra_args == {"picospec": b"\x00\xff"}
-    output = EngineCoreOutput("r", [], kv_transfer_params={"picospec": b"\x00\xff"})
-    stats = SchedulerStats(kv_connector_stats={"picospec": b"\x01"})
-    outputs = msgspec.msgpack.decode(
-        msgspec.msgpack.encode(EngineCoreOutputs(outputs=[output], scheduler_stats=stats)),
-        type=EngineCoreOutputs,
-    )
-    assert outputs.outputs[0].kv_transfer_params == {"picospec": b"\x00\xff"}
-    assert outputs.outputs[0].finish_reason is None
-    assert outputs.outputs[0].prefill_stats is None
-    assert outputs.scheduler_stats is not None
-    assert outputs.scheduler_stats.kv_connector_stats == {"picospec": b"\x01"}
+    output = EngineCoreOutput("r", [])
+    assert output.finish_reason is None
+    assert output.prefill_stats is None
     assert {FinishReason.STOP, FinishReason.LENGTH} <= set(FinishReason)
+
+
+def test_our_message_to_the_client_extends_vllms() -> None:
+    """envelope.VerificationOutputs, through the encoder and the decoder that vLLM uses."""
+    theirs = EngineCoreOutputs(
+        outputs=[EngineCoreOutput("r", [7], finish_reason=FinishReason.STOP)],
+        scheduler_stats=SchedulerStats(num_running_reqs=3),
+        finished_requests={"r"},
+    )
+    verdict = make_verdict(position=4, token_ids=(7,))
+    report = EngineReport(
+        events={"r": [Prefilled(first_position=4), verdict], "s": [NumericalError("NaN")]},
+        stats=EngineStats(steps=2),
+    )
+    frames = MsgpackEncoder().encode(VerificationOutputs.of(theirs, report))
+    decoded = MsgpackDecoder(VerificationOutputs).decode(frames)
+    assert decoded.outputs == theirs.outputs
+    assert decoded.finished_requests == {"r"}
+    assert decoded.timestamp == theirs.timestamp
+    assert decoded.scheduler_stats.num_running_reqs == 3
+    opened = decoded.open_report()
+    assert opened.stats == report.stats
+    assert opened.events["r"] == report.events["r"]
+    assert isinstance(opened.events["s"][0], NumericalError)
+    # What the engine core sends without its scheduler: read as well, with nothing of ours.
+    plain = MsgpackDecoder(VerificationOutputs).decode(MsgpackEncoder().encode(theirs))
+    assert plain.outputs == theirs.outputs
+    assert plain.open_report() is None
 
 
 def test_extra_attributes_survive_pickling() -> None:
