@@ -21,8 +21,9 @@ from bench.bed import Bed
 from bench.results import Costs
 from bench.scenarios import Condition, System
 from bench.systems import Task, generate
-from edge_agent.drafting.messages import ContextSpec, Drafted, DraftEvent, Recovered
+from edge_agent.drafting.messages import ContextSpec, DraftEvent
 from edge_agent.drafting.process import DraftingProcess
+from picospec.protocol.drafting import Allow, Drafted, Recover, Recovered, Rollback
 from picospec.protocol.messages import (
     EMPTY_TOKENS,
     AssistPolicy,
@@ -115,13 +116,13 @@ async def _recover(
     times_ms = []
     try:
         for number in range(RECOVERED):
-            context.allow(length + number + 1)
+            context.send(Allow(length + number + 1))
             while not isinstance(await events.get(), Drafted):
                 pass
             probs = rng.dirichlet(np.ones(width)).astype(np.float32)
             rejection = Rejection(np.arange(width, dtype=np.int32), probs)
             started_s = time.perf_counter()
-            context.recover(number + 1, length + number, rejection, 0, judged=True)
+            context.send(Recover(number + 1, length + number, rejection, attempt=0, judged=True))
             while not isinstance(await events.get(), Recovered):
                 pass
             times_ms.append((time.perf_counter() - started_s) * 1e3)
@@ -140,12 +141,12 @@ async def _drafting_on(
 
     def on_event(event: DraftEvent) -> None:
         if isinstance(event, Drafted) and event.position >= length + DRAFT_TOKENS - 1:
-            context.rollback(next(branches), length)
+            context.send(Rollback(next(branches), length))
 
     context = drafting.open(
         _context(prompt, DRAFT_TOKENS, logits_width, VerificationMode.COUPLED, 0.0), on_event
     )
-    context.allow(length + DRAFT_TOKENS)
+    context.send(Allow(length + DRAFT_TOKENS))
     try:
         await asyncio.sleep(PREFILL_S)
         yield

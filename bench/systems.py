@@ -21,10 +21,11 @@ from bench.metering import steps_ms, traffic
 from bench.results import Record
 from bench.scenarios import Condition, System
 from edge_agent import config as edge_config
-from edge_agent.drafting.messages import ContextFailed, ContextSpec, Drafted, DraftEvent
+from edge_agent.drafting.messages import ContextFailed, ContextSpec, DraftEvent
 from edge_agent.generation import GenerationRequest
 from edge_agent.pipeline import SpeculativeGenerator
 from edge_agent.server import control_of, policy_of
+from picospec.protocol.drafting import Allow, Drafted
 from picospec.protocol.messages import (
     EMPTY_TOKENS,
     AssistPolicy,
@@ -191,7 +192,7 @@ async def _edge_only(bed: Bed, condition: Condition, task: Task) -> Record:
         events.put_nowait,
     )
     try:
-        context.allow(length + task.max_tokens)
+        context.send(Allow(length + task.max_tokens))
         while len(watch.token_ids) < task.max_tokens:
             match await events.get():
                 case Drafted(token_ids=token_ids):

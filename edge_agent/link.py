@@ -1,6 +1,6 @@
 """The link to the cloud: one gRPC channel, one stream for each generation.
 
-The laws of this file:
+The rules of this file:
 1. `send` never blocks: frames wait in a bounded queue; when it overflows the stream is lost. What
    waits there of an older epoch is dropped when a newer one begins.
 2. Every wait has an end: connecting, a question's answer, a connection that fell silent
@@ -28,6 +28,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
 
+from picospec import PROTOCOL_VERSION
 from picospec.errors import (
     CapacityError,
     CloudUnavailable,
@@ -145,7 +146,7 @@ class CloudLink:
         """Ask what is served. Raises as `Stream.receive` does."""
         try:
             payload = await self._get_model(
-                codec.model_request_to_bytes(validation.PROTOCOL_VERSION),
+                codec.model_request_to_bytes(PROTOCOL_VERSION),
                 metadata=self._metadata,
                 timeout=self._connect_timeout_s,
             )

@@ -13,40 +13,44 @@ from typing import Protocol
 
 from edge_agent.drafting.kv_cache import SpeculativeTokens
 from edge_agent.drafting.messages import (
-    Allow,
     CloseContext,
     Command,
     ContextFailed,
     ContextSpec,
-    Drafted,
     DraftEvent,
-    Exhausted,
     OpenContext,
+)
+from picospec.protocol.drafting import (
+    Allow,
+    Drafted,
+    DrafterCommand,
+    Exhausted,
     Paused,
     ProbeNeeded,
     Recover,
     Recovered,
     Rollback,
 )
-from picospec.protocol.messages import Rejection
 
 OnEvent = Callable[[DraftEvent], None]  # called on the event loop; must not block
-Send = Callable[[int, Command], None]  # context id, command; must not block
+ToWorker = Callable[[int, Command], None]  # context id, command; must not block
 
 
 class DraftContext:
     """Commands one context. Nothing here blocks; effects arrive as events.
 
-    Events of a branch that is over are not delivered: after `rollback(branch, ...)` returns,
-    only events of `branch` are.
+    Events of a branch that is over are not delivered: once `send` was given a Rollback or a
+    Recover, only events of its branch are.
     """
 
-    def __init__(self, context_id: int, spec: ContextSpec, on_event: OnEvent, send: Send) -> None:
+    def __init__(
+        self, context_id: int, spec: ContextSpec, on_event: OnEvent, to_worker: ToWorker
+    ) -> None:
         self.context_id = context_id
         self.closed = False
         self._spec = spec
         self._on_event = on_event
-        self._send = send
+        self._to_worker = to_worker
         self._text = SpeculativeTokens(spec.token_ids)
         self._branch = 0
         self._limit = 0
@@ -55,30 +59,22 @@ class DraftContext:
         self._recover: Recover | None = None
         self._command(OpenContext(spec, len(self._text)))
 
-    def allow(self, limit: int) -> None:
-        """Tokens may be drafted for positions below `limit`; a paused worker goes on."""
-        if limit != self._limit or self._paused:
-            self._limit, self._paused = limit, False
-            self._command(Allow(limit))
-
-    def rollback(self, branch: int, length: int, token_ids: tuple[int, ...] = ()) -> None:
-        """Truncate to `length`, append `token_ids` (committed), go on drafting as `branch`.
+    def send(self, command: DrafterCommand) -> None:
+        """Have the worker follow `command`, unless it would change nothing.
 
         Raises ValueError for a length that is committed or beyond the text.
         """
-        self._restart(branch, length, token_ids)
-        self._command(Rollback(branch, length, token_ids))
-
-    def recover(
-        self, branch: int, position: int, rejection: Rejection, attempt: int, judged: bool
-    ) -> None:
-        """Truncate to `position` and draw its recovered token: Recovered or ProbeNeeded follows.
-
-        Goes on drafting as `branch` after Recovered. Raises ValueError as `rollback`.
-        """
-        self._restart(branch, position)
-        self._recover = Recover(branch, position, rejection, attempt, judged)
-        self._command(self._recover)
+        match command:
+            case Allow(limit):
+                if limit == self._limit and not self._paused:
+                    return
+                self._limit, self._paused = limit, False
+            case Rollback(branch, length, token_ids):
+                self._restart(branch, length, token_ids)
+            case Recover(branch, position):
+                self._restart(branch, position)
+                self._recover = command
+        self._command(command)
 
     def close(self) -> None:
         """Free the context. Idempotent; no event follows."""
@@ -128,7 +124,7 @@ class DraftContext:
 
     def _command(self, command: Command) -> None:
         if not self.closed:
-            self._send(self.context_id, command)
+            self._to_worker(self.context_id, command)
 
 
 class Drafting(Protocol):

@@ -1,8 +1,7 @@
 """What passes between the edge's event loop and its drafting worker, as frozen values.
 
-Commands go to the worker, events come back. Both name a *branch*: the number of the chain a
-context is drafting. Every rollback or recovery starts a new branch, so that whatever was
-drafted before the worker heard of it can be told from what was drafted after.
+Commands go to the worker, events come back. Those of the session (`picospec.protocol.drafting`)
+pass unchanged; here is what opens and closes a context, and what the worker says of itself.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from picospec.errors import DrafterFailed
-from picospec.protocol.messages import Rejection, SamplingParams, TokenArray, VerificationMode
+from picospec.protocol.drafting import DrafterCommand, DrafterEvent
+from picospec.protocol.messages import SamplingParams, TokenArray, VerificationMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class ContextSpec:
     prompt_length: int
     max_length: int = 0
     logits_width: int = 0
-    confidence_stop: float = 0.0  # pause after a draft from a law less confident than this
+    confidence_stop: float = 0.0  # pause after a draft whose distribution is less sure than this
 
 
 # Commands
@@ -57,37 +57,6 @@ class OpenContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Allow:
-    """Tokens may be drafted for positions below `limit`; a paused context goes on."""
-
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rollback:
-    """Truncate to `length` tokens, append the committed `token_ids`, go on as `branch`."""
-
-    branch: int
-    length: int
-    token_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Recover:
-    """Truncate to `position` and draw its recovered token from `rejection` (rejection.py).
-
-    `attempt` numbers the tail sample it carries, from 0; `judged` says whether a draft was
-    rejected there (its law is Q) or none was proposed (Q = 0). Goes on as `branch`.
-    """
-
-    branch: int
-    position: int
-    rejection: Rejection
-    attempt: int
-    judged: bool
-
-
-@dataclass(frozen=True, slots=True)
 class CloseContext:
     """Free the context; no event follows."""
 
@@ -97,54 +66,10 @@ class Ping:
     """Answered by Pong between two turns: the worker is not hung."""
 
 
-Command = OpenContext | Allow | Rollback | Recover | CloseContext | Ping
+Command = OpenContext | DrafterCommand | CloseContext | Ping
 
 
 # Events
-
-
-@dataclass(frozen=True, slots=True)
-class Drafted:
-    """Draft tokens for `position` and after; `probs` has their q in split mode, else nothing."""
-
-    branch: int
-    position: int
-    token_ids: tuple[int, ...]
-    probs: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Exhausted:
-    """Nothing can be proposed for `position`, until a rollback or recovery changes the text."""
-
-    branch: int
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Paused:
-    """The last draft is likely to be rejected: none follows before Allow, rollback or recovery."""
-
-    branch: int
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """The recovered token of `position`; drafting goes on after it."""
-
-    branch: int
-    position: int
-    token_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeNeeded:
-    """The tail sample is used up: tail sample number `attempt` of `position` is wanted."""
-
-    branch: int
-    position: int
-    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +79,7 @@ class ContextFailed:
     error: DrafterFailed
 
 
-DraftEvent = Drafted | Exhausted | Paused | Recovered | ProbeNeeded | ContextFailed
+DraftEvent = DrafterEvent | ContextFailed
 
 
 # The worker's own reports

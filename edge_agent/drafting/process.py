@@ -1,7 +1,7 @@
 """The drafter in a process of its own, seen from the event loop.
 
 Why a process: a runtime's forward holds the GIL, so drafting in this one would stall every
-answer at every token (docs/architecture.md). The laws of this file:
+answer at every token (docs/architecture.md). The rules of this file:
 1. Nothing here blocks the event loop; what waits to be written is bounded.
 2. A worker that dies is replaced, and every open context is rebuilt from its mirror
    (context.py) where its events left off. No chat is lost. A worker that finishes no turn for
@@ -30,13 +30,13 @@ from edge_agent.drafting.messages import (
     Command,
     ContextFailed,
     ContextSpec,
-    Drafted,
     DrafterSpec,
     LoadFailed,
     Ping,
     Ready,
 )
 from picospec.errors import CapacityError, DrafterFailed
+from picospec.protocol.drafting import Drafted
 
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 60.0

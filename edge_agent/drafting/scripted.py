@@ -22,13 +22,13 @@ from edge_agent.drafting.messages import (
     CloseContext,
     Command,
     ContextSpec,
-    Drafted,
     DrafterSpec,
     DraftEvent,
 )
 from edge_agent.drafting.ngram import certain
 from edge_agent.drafting.worker import DraftWorker
 from picospec.errors import CapacityError
+from picospec.protocol.drafting import Drafted
 from picospec.protocol.messages import TokenArray
 from picospec.sampling.distribution import Distribution, process
 
@@ -120,7 +120,7 @@ class ScriptedDrafting:
         self.drafted_tokens = 0
         self.drafting_s = 0.0
         self._worker = DraftWorker(self.drafter, self._emit)
-        self._contexts: dict[int, DraftContext] = {}
+        self.contexts: dict[int, DraftContext] = {}
         self._max_contexts = max_contexts
         self._token_s = token_s
         self._turn: asyncio.Handle | None = None
@@ -128,7 +128,7 @@ class ScriptedDrafting:
 
     @property
     def open_contexts(self) -> int:
-        return len(self._contexts)
+        return len(self.contexts)
 
     async def start(self) -> None:
         self.alive = True
@@ -143,12 +143,12 @@ class ScriptedDrafting:
             raise CapacityError("the drafter has no context free")
         self._opened += 1
         context = DraftContext(self._opened, spec, on_event, self._send)
-        self._contexts[context.context_id] = context
+        self.contexts[context.context_id] = context
         return context
 
     def _send(self, context_id: int, command: Command) -> None:
         if isinstance(command, CloseContext):
-            self._contexts.pop(context_id, None)
+            self.contexts.pop(context_id, None)
         self._worker.handle(context_id, command)
         self._schedule()
 
@@ -157,9 +157,9 @@ class ScriptedDrafting:
         asyncio.get_running_loop().call_soon(self._deliver, context_id, event)
 
     def _deliver(self, context_id: int, event: DraftEvent) -> None:
-        if context_id in self._contexts:
+        if context_id in self.contexts:
             self.drafted_tokens += isinstance(event, Drafted)
-            self._contexts[context_id].deliver(event)
+            self.contexts[context_id].deliver(event)
 
     def _schedule(self) -> None:
         if self._turn is None and self._worker.runnable:

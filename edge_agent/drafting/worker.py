@@ -23,23 +23,25 @@ from dataclasses import dataclass, field
 
 from edge_agent.drafting.drafter import Drafter, DrafterContext
 from edge_agent.drafting.messages import (
-    Allow,
     CloseContext,
     Command,
     ContextFailed,
     ContextSpec,
-    Drafted,
     DraftEvent,
-    Exhausted,
     OpenContext,
+)
+from edge_agent.drafting.rejection import RejectionSampler
+from picospec.errors import DrafterFailed
+from picospec.protocol.drafting import (
+    Allow,
+    Drafted,
+    Exhausted,
     Paused,
     ProbeNeeded,
     Recover,
     Recovered,
     Rollback,
 )
-from edge_agent.drafting.rejection import RejectionSampler
-from picospec.errors import DrafterFailed
 from picospec.protocol.messages import VerificationMode
 from picospec.sampling.distribution import Distribution, draw
 from picospec.sampling.noise import Purpose

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from picospec.errors import RemoteOrderError
 from picospec.protocol.messages import Draft, Verdict
 
 
@@ -35,6 +36,9 @@ class DraftChain:
         self._draft_length = draft_length
         self._fast_verify = fast_verify
         self._drafts: list[tuple[int, float]] = []  # (token id, q)
+        self.waits_since_s: float | None = (
+            None  # when the first unsent draft came, or the last left
+        )
         self.new_stream()
 
     def new_stream(self) -> None:
@@ -79,6 +83,23 @@ class DraftChain:
         kept = [min(prob, 1.0) for prob in probs] if self._split else [1.0] * len(token_ids)
         self._drafts += zip(token_ids, kept, strict=True)
 
+    def check(self, verdict: Verdict) -> None:
+        """Raises RemoteOrderError where `verdict` does not fit what was sent."""
+        accepted = verdict.num_accepted
+        if verdict.position != self.position:
+            raise RemoteOrderError(
+                f"A verdict for position {verdict.position} instead of {self.position}",
+                "verdict.position",
+            )
+        if verdict.epoch > self.epoch:
+            raise RemoteOrderError(f"Epoch {verdict.epoch} was never sent", "verdict.epoch")
+        if accepted and (accepted > self.in_flight or verdict.epoch != self.epoch):
+            raise RemoteOrderError(
+                f"{accepted} drafts of epoch {verdict.epoch} accepted; {self.in_flight} of "
+                f"{self.epoch} are in flight",
+                "verdict.num_accepted",
+            )
+
     def agrees(self, num_accepted: int, own: Sequence[int]) -> int:
         """How many drafts are confirmed by a verdict: the accepted, and those that follow them
         and are equal to the cloud's own tokens."""
@@ -107,6 +128,7 @@ class DraftChain:
         self._head = None
         self._sent_end = 0
         self._sent_at.clear()
+        self.waits_since_s = None
         return num_stale
 
     def recovered(self, token_id: int) -> None:
@@ -128,6 +150,10 @@ class DraftChain:
             frames.append(self._frame(size, size_max, now))
         if self._head is not None and round_is_over:
             frames.append(self._frame(0, size_max, now))
+        if not self.unsent:
+            self.waits_since_s = None
+        elif self.waits_since_s is None or frames:
+            self.waits_since_s = now
         return frames
 
     def _frame(self, num_drafts: int, size_max: int, now: float) -> Draft:
@@ -170,3 +196,16 @@ class DraftChain:
             return None
         spent_s = (verdict.queue_us + verdict.compute_us) * 1e-6
         return max(0.0, now - self._sent_at[0][1] - spent_s)
+
+    def rules(self) -> dict[str, bool]:
+        """What must hold between two events, and whether it does."""
+        ends = [end for end, _ in self._sent_at]
+        return {
+            "what was sent is in the chain": self._sent_end <= self.end,
+            "frames were sent in order": ends == sorted(ends),
+            "the last frame ends what was sent": not ends or ends[-1] == self._sent_end,
+            "an epoch of which a frame was sent is in use": self._epoch_used or not self._sent_end,
+            "what waits was not sent": self.waits_since_s is None or self.unsent > 0,
+            "the recovered token waits for its epoch's first frame": self._head is None
+            or not (self._epoch_used or self._sent_end),
+        }

@@ -1,4 +1,4 @@
-"""What the edge's session knows how to do: its policy, its effects, its transitions. Pure data.
+"""How an edge's session may be set (policy) and how it may move (transitions). Pure data.
 
 `edge_session.EdgeSession` moves by these tables; what is not in them is illegal.
 """
@@ -8,13 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from picospec.protocol.messages import (
-    AssistPolicy,
-    EdgeFrame,
-    FinishReason,
-    Rejection,
-    VerificationMode,
-)
+from picospec.protocol.messages import AssistPolicy, VerificationMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +16,7 @@ class SpeculationPolicy:
     """How an edge speculates; the cloud's limits cap it."""
 
     mode: VerificationMode = VerificationMode.SPLIT
-    draft_length: int = 4  # tokens a round
+    draft_length: int = 4  # tokens per round
     window: int = 32  # most unverified tokens
     parallel_draft: bool = True  # off: draft a round, wait for its verdict (vanilla)
     fast_verify: bool = True  # off: whole rounds travel and are verified as one
@@ -34,64 +28,6 @@ class SpeculationPolicy:
     assist: AssistPolicy = AssistPolicy.NEVER  # coupled only
     resume_attempts: int = 5  # in a row without a token in between
     resume_timeout_s: float = 30.0  # from the loss of the link to the end of all attempts
-
-
-# Effects: what the caller must do, in order.
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send `frame`. An Open goes out on a new stream."""
-
-    frame: EdgeFrame
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """These tokens are final; show them to the user."""
-
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Rollback:
-    """The drafter truncates to `length`, appends the committed `token_ids`, goes on as `branch`."""
-
-    branch: int
-    length: int
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Recover:
-    """The drafter draws the recovered token of `position`, then goes on as `branch`.
-
-    `attempt` is the number of the tail sample offered; `judged` says whether a draft was
-    rejected there (otherwise Q = 0).
-    """
-
-    branch: int
-    position: int
-    rejection: Rejection
-    attempt: int
-    judged: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Allow:
-    """The drafter may draft for positions below `limit`; one that has paused goes on."""
-
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The generation is complete."""
-
-    reason: FinishReason
-
-
-Effect = Send | Commit | Rollback | Recover | Allow | Finished
 
 
 class EdgeState(enum.Enum):
@@ -107,7 +43,9 @@ class EdgeState(enum.Enum):
     FINISHED = "finished"
 
 
-class EdgeEvent(enum.Enum):
+class EventKind(enum.Enum):
+    """Events as far as they move the state; a Verdict's kind depends on what it carries."""
+
     START = "start"
     DRAFTED = "drafted"
     EXHAUSTED = "exhausted"
@@ -123,11 +61,13 @@ class EdgeEvent(enum.Enum):
     CANCEL = "cancel"
 
 
-FROM_CLOUD = frozenset({EdgeEvent.OPENED, EdgeEvent.VERDICT, EdgeEvent.REJECTION, EdgeEvent.FINISH})
+FROM_CLOUD = frozenset({EventKind.OPENED, EventKind.VERDICT, EventKind.REJECTION, EventKind.FINISH})
 ONLINE = frozenset({EdgeState.DRAFTING, EdgeState.RECOVERING, EdgeState.PROBING})
+WITH_CHAIN = frozenset({EdgeState.DRAFTING, EdgeState.OFFLINE, EdgeState.FINISHED})
+PROBED = frozenset({EdgeState.PROBING, EdgeState.OFFLINE_PROBING})
 
-_S, _E = EdgeState, EdgeEvent
-TRANSITIONS: dict[tuple[EdgeState, EdgeEvent], EdgeState] = {
+_S, _E = EdgeState, EventKind
+TRANSITIONS: dict[tuple[EdgeState, EventKind], EdgeState] = {
     (_S.NEW, _E.START): _S.DRAFTING,
     (_S.DRAFTING, _E.DRAFTED): _S.DRAFTING,
     (_S.DRAFTING, _E.EXHAUSTED): _S.DRAFTING,
@@ -162,5 +102,5 @@ TRANSITIONS: dict[tuple[EdgeState, EdgeEvent], EdgeState] = {
     (_S.REOPENING, _E.LINK_LOST): _S.OFFLINE_RECOVERING,
     **{(state, _E.CANCEL): _S.FINISHED for state in EdgeState},
     # The cloud and the drafter may speak on while they are told.
-    **{(_S.FINISHED, event): _S.FINISHED for event in EdgeEvent},
+    **{(_S.FINISHED, event): _S.FINISHED for event in EventKind},
 }

@@ -1,103 +1,89 @@
 """The edge's side of one generation. Sans I/O; time is passed in, in seconds.
 
 The rules of this file:
-1. Inputs come from the drafter (`drafted`, `exhausted`, `paused`, `recovered`, `probe_needed`),
-   from the cloud (`receive`), from the link (`link_lost`, `resume`), from the clock (`tick`, due
-   at `deadline`) and from the caller (`start`, `set_length`, `cancel`). Each returns the effects
-   to carry out, in order; nothing else changes state.
+1. `handle(event, now)` is the only way in. It returns the effects to carry out, in order; nothing
+   else changes state. `log` keeps the last events, so that a run can be replayed.
 2. The output grows by what a Verdict commits and by the recovered token, at its end only.
 3. The chain is what the drafter has drafted after the output, all of it unjudged. Whatever
    contradicts it starts a new *branch* (the drafter's number) and, if any frame of the current
    *epoch* (the wire's number) was sent, a new epoch.
 4. Drafter events of an older branch are ignored. Other illegal ones are LocalProtocolError;
    illegal frames of the cloud are RemoteProtocolError.
-5. The session holds the whole truth: after `link_lost`, `resume` opens a new stream from it.
+5. The session holds the whole truth: after LinkLost, Resume opens a new stream from it.
    The caller must not pass frames of an older stream any more.
 
-Tables, effects and policy are in `edge_machine`.
+Events and effects are in `edge_events` and `drafting`, tables and policy in `edge_machine`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
+from collections import deque
+from collections.abc import Iterable
 
 from picospec.errors import LocalProtocolError, RemoteOrderError, RemoteProtocolError
 from picospec.protocol import validation
+from picospec.protocol.allowance import Allowance
 from picospec.protocol.draft_chain import DraftChain
+from picospec.protocol.drafting import (
+    Drafted,
+    DrafterEvent,
+    Exhausted,
+    Paused,
+    ProbeNeeded,
+    Recover,
+    Recovered,
+    Rollback,
+)
+from picospec.protocol.edge_events import (
+    Cancel,
+    Commit,
+    EdgeEvent,
+    Effect,
+    Finished,
+    LinkLost,
+    Resume,
+    Send,
+    SetLength,
+    Start,
+    Tick,
+)
 from picospec.protocol.edge_machine import (
     FROM_CLOUD,
     ONLINE,
+    PROBED,
     TRANSITIONS,
-    Allow,
-    Commit,
-    EdgeEvent,
+    WITH_CHAIN,
     EdgeState,
-    Effect,
-    Finished,
-    Recover,
-    Rollback,
-    Send,
-    SpeculationPolicy,
+    EventKind,
 )
-from picospec.protocol.messages import (
-    AssistPolicy,
-    CloudFrame,
-    Finish,
-    FinishReason,
-    ModelCard,
-    Open,
-    Opened,
-    SamplingParams,
-    TokenArray,
-    Verdict,
-    VerificationMode,
-)
+from picospec.protocol.messages import Finish, FinishReason, Opened, Verdict
+from picospec.protocol.session_spec import SessionSpec
+
+LOG_LENGTH = 32  # events; a few hundred bytes each, but a rejection may hold a whole distribution
 
 
 class EdgeSession:
     """One generation, as the edge sees it."""
 
-    def __init__(
-        self,
-        session_id: str,
-        prompt_token_ids: TokenArray,
-        sampling: SamplingParams,
-        max_tokens: int,
-        stop_token_ids: tuple[int, ...],
-        card: ModelCard,
-        policy: SpeculationPolicy,
-    ) -> None:
-        self._session_id = session_id
-        self._prompt = prompt_token_ids
-        self._sampling = sampling
-        self._max_tokens = max_tokens
-        self._stop_token_ids = frozenset(stop_token_ids)
-        self._card = card
-        self._policy = policy
-        self._split = policy.mode is VerificationMode.SPLIT
-        self._window_max = card.limits.max_window
-        self._window = min(policy.window, self._window_max)
-        self._max_frame = card.limits.max_draft_tokens
-        self._length_max = min(len(prompt_token_ids) + max_tokens, card.max_model_len)
-
+    def __init__(self, spec: SessionSpec, *, log_length: int = LOG_LENGTH) -> None:
         self.state = EdgeState.NEW
         self.branch = 0
         self.output: list[int] = []
-        self.stale_tokens = 0  # sent, then given up unjudged
+        self.stale_tokens = 0  # sent, then given up unjudged; never falls
         self.round_trip_s: float | None = None  # of the last verdict; None if it judged no draft
-        self._chain = DraftChain(
-            len(prompt_token_ids),
-            split=self._split,
-            draft_length=min(policy.draft_length, self._window),
-            fast_verify=policy.fast_verify,
+        self.log: deque[tuple[float, EdgeEvent]] = deque(maxlen=log_length)  # (now, event)
+        self.allowance = Allowance(spec)  # to be read only, as the chain
+        self.chain = DraftChain(
+            len(spec.prompt_token_ids),
+            split=spec.is_split,
+            draft_length=min(spec.policy.draft_length, self.allowance.window),
+            fast_verify=spec.policy.fast_verify,
         )
-        self._exhausted = False  # the drafter has nothing to propose after the chain
-        self._paused = False  # the drafter waits for a verdict on the chain
-        self._round_since: float | None = None  # whole rounds: when the first unsent draft came
-        self._limit = 0  # the drafter's
-        self._round_limit = 0  # not parallel: where the current round ends
+        self._spec = spec
+        self._split = spec.is_split
+        self._length_max = spec.length_max
+        self._max_frame = spec.card.limits.max_draft_tokens
+        self._stop_token_ids = frozenset(spec.stop_token_ids)
         self._judged = True  # RECOVERING, PROBING: whether a draft was rejected
         self._asked: tuple[int, bool] | None = None  # tail sample a probe asked for, judged
         self._opened = False  # the cloud has confirmed the opening
@@ -106,160 +92,168 @@ class EdgeSession:
     @property
     def position(self) -> int:
         """The first uncommitted position."""
-        return self._chain.position
+        return self.chain.position
 
     @property
     def in_flight(self) -> int:
         """Drafts sent and not judged."""
-        return self._chain.in_flight
+        return self.chain.in_flight
 
     @property
     def finished(self) -> bool:
         return self.state is EdgeState.FINISHED
 
-    # -- the caller ----------------------------------------------------------------------------
-
-    def start(self, now: float) -> list[Effect]:
-        """Open the first stream."""
-        self._move(EdgeEvent.START)
-        return [Send(self._open()), *self._advance(now)]
-
-    def set_length(self, draft_length: int, window: int, now: float) -> list[Effect]:
-        """Speculate on with these; the cloud's limits cap them. At any time."""
-        self._window = min(window, self._window_max)
-        self._chain.draft_length = min(draft_length, self._window)
-        return self._advance(now)
-
     @property
     def deadline(self) -> float | None:
-        """When `tick` is due: a round that takes too long then goes out as it is."""
-        timeout_s = self._policy.round_timeout_s
-        if self._round_since is None or not timeout_s or self.state is not EdgeState.DRAFTING:
+        """When Tick is due: a round that takes too long then goes out as it is."""
+        waits_since_s, timeout_s = self.chain.waits_since_s, self._spec.policy.round_timeout_s
+        if waits_since_s is None or not timeout_s or self.state is not EdgeState.DRAFTING:
             return None
-        return self._round_since + timeout_s
+        return waits_since_s + timeout_s
 
-    def tick(self, now: float) -> list[Effect]:
-        """Time has passed."""
+    def handle(self, event: EdgeEvent, now: float) -> list[Effect]:
+        """What follows from `event`, which happened at `now`.
+
+        Raises LocalProtocolError for an event that is illegal in this state, RemoteProtocolError
+        or RemoteOrderError for a frame that is.
+        """
+        self.log.append((now, event))
+        match event:
+            case Drafted():
+                return self._drafted(event, now)
+            case Verdict():
+                return self._receive_verdict(event, now)
+            case Recovered():
+                return self._recovered(event, now)
+            case SetLength():
+                return self._set_length(event, now)
+            case Tick():
+                return self._tick(now)
+            case Exhausted() | Paused():
+                return self._stopped(event, now)
+            case ProbeNeeded():
+                return self._probe_needed(event)
+            case Opened():
+                return self._receive_opened(event)
+            case Start():
+                self._move(EventKind.START)
+                return [self._open(), *self._advance(now)]
+            case LinkLost():
+                return self._link_lost()
+            case Resume():
+                return self._resume(now)
+            case Cancel():
+                online = self.state in ONLINE
+                self._move(EventKind.CANCEL)
+                return [Send(Finish())] if online else []
+
+    # -- the caller and the link -----------------------------------------------------------------
+
+    def _set_length(self, event: SetLength, now: float) -> list[Effect]:
+        self.allowance.set_window(event.window)
+        self.chain.draft_length = min(event.draft_length, self.allowance.window)
+        return self._advance(now)
+
+    def _tick(self, now: float) -> list[Effect]:
         deadline = self.deadline
         if deadline is None or now < deadline or self._asked is not None:
             return []
         return self._send_due(now, round_is_over=True)
 
-    def cancel(self) -> list[Effect]:
-        """The answer is not wanted any more; idempotent."""
-        online = self.state in ONLINE
-        self._move(EdgeEvent.CANCEL)
-        return [Send(Finish())] if online else []
-
-    # -- the link ------------------------------------------------------------------------------
-
-    def link_lost(self, now: float) -> list[Effect]:
-        """The stream is gone. The drafter goes on within the window."""
-        self._move(EdgeEvent.LINK_LOST)
+    def _link_lost(self) -> list[Effect]:
+        """The drafter goes on within the window."""
+        self._move(EventKind.LINK_LOST)
         if self.state is EdgeState.OFFLINE:
             self._asked = None
-        self._chain.new_stream()
+        self.chain.new_stream()
         self._opened = False
         self._awaits_first = True
         return []
 
-    def resume(self, now: float) -> list[Effect]:
+    def _resume(self, now: float) -> list[Effect]:
         """Open a new stream with all that is committed, and send what is not judged again.
 
         While the drafter draws a recovered token nothing can be opened: then the Open is among
         the effects of its answer.
         """
-        self._move(EdgeEvent.RESUME)
+        self._move(EventKind.RESUME)
         if self.state is EdgeState.REOPENING:
             return []
-        return [] if self.finished else [Send(self._open()), *self._advance(now)]
+        return [] if self.finished else [self._open(), *self._advance(now)]
 
     # -- the drafter ---------------------------------------------------------------------------
 
-    def drafted(
-        self,
-        branch: int,
-        position: int,
-        token_ids: Sequence[int],
-        probs: Sequence[float],
-        now: float,
-    ) -> list[Effect]:
-        """Drafts for `position` on, with their q in split mode."""
-        if self._is_stale(branch, EdgeEvent.DRAFTED):
+    def _drafted(self, event: Drafted, now: float) -> list[Effect]:
+        if not self._is_current(event, EventKind.DRAFTED, self.chain.end):
             return []
-        self._require_position(position, self._chain.end)
-        if position + len(token_ids) > self._limit:
-            raise LocalProtocolError(f"Drafts beyond the limit {self._limit}", "drafted")
-        if self._split and len(probs) != len(token_ids):
+        limit = self.allowance.limit
+        if event.position + len(event.token_ids) > limit:
+            raise LocalProtocolError(f"Drafts beyond the limit {limit}", "drafted")
+        if self._split and len(event.probs) != len(event.token_ids):
             raise LocalProtocolError("Drafts without their probabilities", "drafted")
-        self._exhausted = False
-        self._chain.extend(token_ids, probs)
+        self.allowance.is_exhausted = False
+        self.chain.extend(event.token_ids, event.probs)
         return self._advance(now)
 
-    def exhausted(self, branch: int, position: int, now: float) -> list[Effect]:
-        """The drafter has nothing to propose at `position`, the end of the chain."""
-        if self._is_stale(branch, EdgeEvent.EXHAUSTED):
+    def _stopped(self, event: Exhausted | Paused, now: float) -> list[Effect]:
+        """The drafter waits at the end of the chain."""
+        exhausted = isinstance(event, Exhausted)
+        kind = EventKind.EXHAUSTED if exhausted else EventKind.PAUSED
+        if not self._is_current(event, kind, self.chain.end):
             return []
-        self._require_position(position, self._chain.end)
-        self._exhausted = True
+        if exhausted:
+            self.allowance.is_exhausted = True
+        elif len(self.chain):
+            self.allowance.is_paused = True
+        else:  # all of it was accepted meanwhile
+            self.allowance.unpause(self.chain)
         return self._advance(now)
 
-    def paused(self, branch: int, position: int, now: float) -> list[Effect]:
-        """The drafter is not sure of its last draft, and waits at the end of the chain."""
-        if self._is_stale(branch, EdgeEvent.PAUSED):
-            return []
-        self._require_position(position, self._chain.end)
-        self._paused = True
-        if not len(self._chain):
-            self._unpause()  # all of it was accepted meanwhile
-        return self._advance(now)
-
-    def recovered(self, branch: int, position: int, token_id: int, now: float) -> list[Effect]:
+    def _recovered(self, event: Recovered, now: float) -> list[Effect]:
         """The recovered token is drawn: it is committed."""
         reopening = self.state is EdgeState.REOPENING
-        if self._is_stale(branch, EdgeEvent.RECOVERED):
+        if not self._is_current(event, EventKind.RECOVERED, self.position):
             return []
-        self._require_position(position, self.position)
         online = self.state in ONLINE and not reopening
-        effects = self._commit(0, (token_id,))
+        effects = self._commit(0, (event.token_id,))
         reason = self._finish_reason()
         if reason is not None:
             return [*effects, *self._finish(reason, tell_cloud=online)]
         if reopening:
-            effects.append(Send(self._open()))
+            effects.append(self._open())
         elif online:
-            self._chain.recovered(token_id)
+            self.chain.recovered(event.token_id)
         return effects + self._advance(now)
 
-    def probe_needed(self, branch: int, position: int, attempt: int, now: float) -> list[Effect]:
-        """Tail sample number `attempt` of `position` is needed."""
+    def _probe_needed(self, event: ProbeNeeded) -> list[Effect]:
         reopening = self.state is EdgeState.REOPENING
-        if self._is_stale(branch, EdgeEvent.PROBE_NEEDED):
+        if not self._is_current(event, EventKind.PROBE_NEEDED, self.position):
             return []
-        self._require_position(position, self.position)
-        self._asked = (attempt, self._judged)
+        self._asked = (event.attempt, self._judged)
         if reopening:
-            return [Send(self._open())]
-        return [Send(self._chain.probe(attempt + 1))] if self.state in ONLINE else []
+            return [self._open()]
+        return [Send(self.chain.probe(event.attempt + 1))] if self.state in ONLINE else []
+
+    def _is_current(self, event: DrafterEvent, kind: EventKind, position: int) -> bool:
+        """Whether a drafter's event counts; then the state follows it. It must be at `position`."""
+        if event.branch > self.branch:
+            raise LocalProtocolError(f"Branch {event.branch} was never begun", kind.value)
+        if event.branch < self.branch or self.state is EdgeState.FINISHED:
+            return False
+        self._move(kind)
+        if event.position != position:
+            raise LocalProtocolError(
+                f"The drafter is at position {event.position} instead of {position}", "position"
+            )
+        return True
 
     # -- the cloud -----------------------------------------------------------------------------
 
-    def receive(self, frame: CloudFrame, now: float) -> list[Effect]:
-        """A frame of the current stream. Raises RemoteProtocolError, RemoteOrderError."""
+    def _receive_opened(self, opened: Opened) -> list[Effect]:
         if self.finished:
             return []
-        if isinstance(frame, Opened):
-            return self._receive_opened(frame)
-        if not self._opened:
-            raise RemoteOrderError("A verdict before the opening was confirmed", "verdict")
-        validation.check_verdict(frame, self._card, self._policy.mode)
-        self._check_verdict(frame)
-        self.round_trip_s = self._chain.round_trip(frame, now)
-        return self._receive_verdict(frame, now)
-
-    def _receive_opened(self, opened: Opened) -> list[Effect]:
-        self._move(EdgeEvent.OPENED)
-        validation.check_opened(opened, self._card)
+        self._move(EventKind.OPENED)
+        validation.check_opened(opened, self._spec.card)
         if self._opened:
             raise RemoteOrderError("The opening was confirmed before", "opened")
         if opened.first_position != self.position:
@@ -268,44 +262,22 @@ class EdgeSession:
                 "opened.first_position",
             )
         self._opened = True
-        self._window_max = min(self._window_max, opened.window)
-        self._window = min(self._window, self._window_max)
+        self.allowance.cap(opened.window)
         self._max_frame = min(self._max_frame, opened.max_draft_tokens)
         return []
 
-    def _check_verdict(self, verdict: Verdict) -> None:
-        """Raises where `verdict` does not fit what was sent."""
-        accepted, epoch = verdict.num_accepted, self._chain.epoch
-        if verdict.position != self.position:
-            raise RemoteOrderError(
-                f"A verdict for position {verdict.position} instead of {self.position}",
-                "verdict.position",
-            )
-        if verdict.epoch > epoch:
-            raise RemoteOrderError(f"Epoch {verdict.epoch} was never sent", "verdict.epoch")
-        if accepted and (accepted > self.in_flight or verdict.epoch != epoch):
-            raise RemoteOrderError(
-                f"{accepted} drafts of epoch {verdict.epoch} accepted; {self.in_flight} of "
-                f"{epoch} are in flight",
-                "verdict.num_accepted",
-            )
-        if accepted + len(verdict.token_ids) > self._length_max - self.position:
-            raise RemoteProtocolError("More tokens than were asked for", "verdict.token_ids")
-        # The last position may leave the cloud no room to verify a draft.
-        last = verdict.finish_reason is not None
-        if self._split and verdict.token_ids and not self._awaits_first and not last:
-            raise RemoteOrderError("In split mode the edge recovers", "verdict.token_ids")
-        if verdict.rejection is not None and self._asked is None and accepted >= self.in_flight:
-            raise RemoteOrderError("Nothing was there to be rejected", "verdict.rejection")
-
     def _receive_verdict(self, verdict: Verdict, now: float) -> list[Effect]:
+        if self.finished:
+            return []
+        self._check_verdict(verdict)
+        self.round_trip_s = self.chain.round_trip(verdict, now)
         reason = verdict.finish_reason
         if reason is not None:
-            self._move(EdgeEvent.FINISH)
+            self._move(EventKind.FINISH)
             return [*self._commit(verdict.num_accepted, verdict.token_ids), Finished(reason)]
-        self._move(EdgeEvent.VERDICT if verdict.rejection is None else EdgeEvent.REJECTION)
+        self._move(EventKind.VERDICT if verdict.rejection is None else EventKind.REJECTION)
         self._awaits_first = False
-        num_kept = self._chain.agrees(verdict.num_accepted, verdict.token_ids)
+        num_kept = self.chain.agrees(verdict.num_accepted, verdict.token_ids)
         own = verdict.token_ids[num_kept - verdict.num_accepted :]
         agreed = self.position + num_kept
         judged_end = max(agreed, verdict.position + verdict.num_draft_tokens)
@@ -321,12 +293,28 @@ class EdgeSession:
             return [*effects, recover]
         if effects:
             self._asked = None  # coupled: the probed position is committed
-            if self._paused:
-                self._unpause()
+            if self.allowance.is_paused:
+                self.allowance.unpause(self.chain)
         if own:
             self._branch_off(judged_end)
             effects.append(Rollback(self.branch, agreed, own))
         return effects + self._advance(now)
+
+    def _check_verdict(self, verdict: Verdict) -> None:
+        """Raises where `verdict` does not fit what was sent."""
+        if not self._opened:
+            raise RemoteOrderError("A verdict before the opening was confirmed", "verdict")
+        validation.check_verdict(verdict, self._spec.card, self._spec.policy.mode)
+        self.chain.check(verdict)
+        accepted = verdict.num_accepted
+        if accepted + len(verdict.token_ids) > self._length_max - self.position:
+            raise RemoteProtocolError("More tokens than were asked for", "verdict.token_ids")
+        # The last position may leave the cloud no room to verify a draft.
+        last = verdict.finish_reason is not None
+        if self._split and verdict.token_ids and not self._awaits_first and not last:
+            raise RemoteOrderError("In split mode the edge recovers", "verdict.token_ids")
+        if verdict.rejection is not None and self._asked is None and accepted >= self.in_flight:
+            raise RemoteOrderError("Nothing was there to be rejected", "verdict.rejection")
 
     # -- what follows from the state -------------------------------------------------------------
 
@@ -334,82 +322,35 @@ class EdgeSession:
         """Extend the drafter's limit, send what is due, ask where the drafter has nothing."""
         effects: list[Effect] = []
         if self.state in (EdgeState.DRAFTING, EdgeState.OFFLINE):
-            effects += self._allow()
+            effects += self.allowance.extend(self.chain)
         if self.state is EdgeState.DRAFTING and self._asked is None:
-            effects += self._send_due(now, round_is_over=self._round_is_over())
-            if self._exhausted and not len(self._chain) and not self._awaits_first:
+            round_is_over = self.allowance.is_used_up(self.chain)
+            effects += self._send_due(now, round_is_over=round_is_over)
+            if self.allowance.is_exhausted and not len(self.chain) and not self._awaits_first:
                 self._asked = (0, False)
-                effects.append(Send(self._chain.probe(1)))
+                effects.append(Send(self.chain.probe(1)))
         return effects
 
     def _send_due(self, now: float, *, round_is_over: bool) -> list[Effect]:
-        frames = self._chain.frames(self._max_frame, round_is_over=round_is_over, now=now)
-        if not self._chain.unsent:
-            self._round_since = None
-        elif self._round_since is None or frames:
-            self._round_since = now
+        frames = self.chain.frames(self._max_frame, round_is_over=round_is_over, now=now)
         return [Send(frame) for frame in frames]
 
-    def _allow(self) -> list[Effect]:
-        if self._exhausted:
-            return []  # more room changes nothing; the next branch gets it
-        limit = self.position + self._window
-        if not self._policy.parallel_draft:
-            if not len(self._chain) and self.position >= self._round_limit:
-                self._round_limit = self.position + min(self._chain.draft_length, self._window)
-            limit = self._round_limit
-        limit = min(limit, self._length_max)
-        if limit <= self._limit:
-            return []
-        self._limit = limit
-        return [Allow(limit)]
-
-    def _unpause(self) -> None:
-        """Have `_allow` tell the drafter to go on, even if its limit stays."""
-        self._paused = False
-        self._limit = min(self._limit, self._chain.end)
-
-    def _round_is_over(self) -> bool:
-        """Whether the drafter can add nothing to the chain before something is judged."""
-        blocked = self._chain.end >= self._limit and not self.in_flight
-        stopped = self._exhausted or self._paused
-        return stopped or blocked or self._chain.end >= self._length_max
-
-    def _open(self) -> Open:
-        policy = self._policy
+    def _open(self) -> Send:
+        """Open a stream; a pending probe goes with it."""
         probing = self.state is EdgeState.PROBING and self._asked is not None
-        return Open(
-            session_id=self._session_id,
-            prompt_token_ids=self._prompt,
-            output_token_ids=np.array(self.output, np.int32),
-            sampling=self._sampling,
-            mode=policy.mode,
-            max_tokens=self._max_tokens,
-            stop_token_ids=tuple(sorted(self._stop_token_ids)),
-            exact=policy.exact,
-            sparse_k=(
-                min(policy.sparse_k, self._card.limits.max_sparse_k)
-                if policy.split_rejection
-                else 0
-            ),
-            assist=AssistPolicy.NEVER if self._split else policy.assist,
-            verify_whole_rounds=not policy.fast_verify,
-            probe=self._asked[0] + 1 if probing and self._asked is not None else 0,
-            protocol_version=min(validation.PROTOCOL_VERSION, self._card.protocol_version),
-        )
+        probe = self._asked[0] + 1 if probing and self._asked is not None else 0
+        return Send(self._spec.open(self.output, probe=probe))
 
     def _branch_off(self, judged_end: int) -> None:
         """Give up the chain, of which the drafts before `judged_end` were judged."""
-        self.stale_tokens += self._chain.branch_off(judged_end)
+        self.stale_tokens += self.chain.branch_off(judged_end)
         self.branch += 1
-        self._exhausted = self._paused = False
-        self._round_since = None
-        self._round_limit = 0
+        self.allowance.branch_off()
 
     def _commit(self, num_kept: int, own: tuple[int, ...]) -> list[Effect]:
         """Commit the chain's first drafts, then tokens that are not in it."""
-        token_ids = self._chain.first(num_kept) + own
-        self._chain.commit(num_kept, len(own))
+        token_ids = self.chain.first(num_kept) + own
+        self.chain.commit(num_kept, len(own))
         self.output += token_ids
         return [Commit(token_ids)] if token_ids else []
 
@@ -420,30 +361,49 @@ class EdgeSession:
         return FinishReason.LENGTH if self.position >= self._length_max else None
 
     def _finish(self, reason: FinishReason, *, tell_cloud: bool) -> list[Effect]:
-        self._move(EdgeEvent.FINISH)
+        self._move(EventKind.FINISH)
         return [*([Send(Finish())] if tell_cloud else []), Finished(reason)]
 
-    def _is_stale(self, branch: int, event: EdgeEvent) -> bool:
-        """Whether a drafter's event is to be ignored; otherwise the state follows it."""
-        if branch > self.branch:
-            raise LocalProtocolError(f"Branch {branch} was never begun", event.value)
-        if branch < self.branch or self.finished:
-            return True
-        self._move(event)
-        return False
-
-    def _require_position(self, position: int, expected: int) -> None:
-        if position != expected:
-            raise LocalProtocolError(
-                f"The drafter is at position {position} instead of {expected}", "position"
-            )
-
-    def _move(self, event: EdgeEvent) -> None:
-        """Follow TRANSITIONS, or raise in the name of whoever caused `event`."""
-        state = TRANSITIONS.get((self.state, event))
+    def _move(self, kind: EventKind) -> None:
+        """Follow TRANSITIONS, or raise in the name of whoever caused the event."""
+        state = TRANSITIONS.get((self.state, kind))
         if state is None:
-            message = f"{event.value!r} is not allowed in state {self.state.value!r}"
-            if event in FROM_CLOUD and self.state in ONLINE:
+            message = f"{kind.value!r} is not allowed in state {self.state.value!r}"
+            if kind in FROM_CLOUD and self.state in ONLINE:
                 raise RemoteOrderError(message, "verdict")
-            raise LocalProtocolError(message, event.value)
+            raise LocalProtocolError(message, kind.value)
         self.state = state
+
+    # -- checks ----------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Raises AssertionError, naming all that is broken, if the session contradicts itself."""
+        chain, state, asked = self.chain, self.state, self._asked is not None
+        rules = {
+            "the position is where prompt and output end": chain.position
+            == len(self._spec.prompt_token_ids) + len(self.output),
+            "the output is within max_tokens": chain.position <= self._length_max,
+            "a stop token ends the output": not self._stop_token_ids.intersection(self.output[:-1]),
+        }
+        if not self.finished:  # what is left of the chain then means nothing
+            rules |= {
+                "the chain grows only while drafting": not len(chain) or state in WITH_CHAIN,
+                "a tail sample is awaited where it was asked for": asked
+                if state in PROBED
+                else not asked or state is EdgeState.DRAFTING,
+                "without a stream nothing is confirmed": not self._opened or state in ONLINE,
+                "without a stream nothing is in flight": not self.in_flight or state in ONLINE,
+                **chain.rules(),
+                **self.allowance.rules(chain),
+            }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise AssertionError(f"In state {state.value!r} it is not so that {'; '.join(broken)}")
+
+
+def replay(session: EdgeSession, log: Iterable[tuple[float, EdgeEvent]]) -> list[list[Effect]]:
+    """The effects of each event of `log`, a whole one, on `session`, a fresh one made alike.
+
+    Raises what `session` raised when the log was made.
+    """
+    return [session.handle(event, now) for now, event in log]

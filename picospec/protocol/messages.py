@@ -1,7 +1,7 @@
 """What passes between the edge and the cloud, as frozen values.
 
-These are nouns without behaviour; `codec` turns them into protobuf and back, `session` says
-when each may be sent. Token ids and positions are plain ints, short arrays are tuples, and
+These are nouns without behaviour; `codec` turns them into protobuf and back, the sessions
+say when each may be sent. Token ids and positions are plain ints, short arrays are tuples, and
 arrays that may be long are read-only numpy arrays (int32 token ids, float32 probabilities).
 """
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from picospec import PROTOCOL_VERSION
 
 TokenArray = NDArray[np.int32]  # [num_tokens]
 ProbArray = NDArray[np.float32]  # [num_tokens]
@@ -108,7 +110,7 @@ class Open:
     assist: AssistPolicy = AssistPolicy.NEVER
     verify_whole_rounds: bool = False
     probe: int = 0
-    protocol_version: int = 1
+    protocol_version: int = PROTOCOL_VERSION
 
 
 @dataclass(frozen=True, slots=True)

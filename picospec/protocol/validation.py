@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from picospec import PROTOCOL_VERSION
 from picospec.errors import RemoteOrderError, RemoteProtocolError
 from picospec.protocol.messages import (
     AssistPolicy,
@@ -27,7 +28,6 @@ from picospec.protocol.messages import (
     VerificationMode,
 )
 
-PROTOCOL_VERSION = 1
 MAX_PROBE = 1 << 20  # tail samples of one position; each needs a round trip
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 _MASS_TOLERANCE = 1e-3  # what float32 sums over a vocabulary may be off by

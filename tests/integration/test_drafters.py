@@ -20,10 +20,11 @@ from tokenizers import Tokenizer
 
 from edge_agent.drafting import drafter, onnx
 from edge_agent.drafting.drafter import Drafter, DrafterContext
-from edge_agent.drafting.messages import ContextSpec, Drafted, DrafterSpec, DraftEvent, OpenContext
+from edge_agent.drafting.messages import ContextSpec, DrafterSpec, DraftEvent, OpenContext
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.drafting.worker import DraftWorker
 from picospec.errors import DrafterFailed
+from picospec.protocol.drafting import Allow, Drafted
 from picospec.protocol.messages import SamplingParams, VerificationMode
 from picospec.sampling.distribution import Distribution
 from picospec_cli.model_folder import model_home
@@ -191,7 +192,7 @@ async def test_killed_worker_goes_on_with_the_real_model(
                 done.set()
 
         context = drafting.open(spec, on_event)
-        context.allow(len(spec.token_ids) + count)
+        context.send(Allow(len(spec.token_ids) + count))
         await asyncio.wait_for(done.wait(), 60)
         assert drafting.restarts == (kill_after > 0)
         await drafting.stop()

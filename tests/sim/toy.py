@@ -10,7 +10,18 @@ import numpy as np
 
 from edge_agent.drafting.rejection import RejectionSampler
 from picospec.protocol.draft_queue import Work
-from picospec.protocol.edge_machine import Allow, Recover, Rollback
+from picospec.protocol.drafting import (
+    Allow,
+    Drafted,
+    DrafterCommand,
+    DrafterEvent,
+    Exhausted,
+    Paused,
+    ProbeNeeded,
+    Recover,
+    Recovered,
+    Rollback,
+)
 from picospec.protocol.messages import EMPTY_TOKENS, Rejection, SamplingParams, VerificationMode
 from picospec.sampling.distribution import Distribution, draw, process
 from picospec.sampling.noise import Purpose, race, uniform
@@ -76,9 +87,6 @@ def decode(
     return text[len(prompt) :]
 
 
-Event = tuple[str, int, int, tuple[int, ...], tuple[float, ...]]  # name, branch, position, ...
-
-
 class ToyDrafter:
     """A DraftContext without a process: commands change it, `step` makes one event."""
 
@@ -107,7 +115,7 @@ class ToyDrafter:
         self._blocked = False
         self._recover: Recover | None = None
 
-    def command(self, command: Allow | Rollback | Recover) -> None:
+    def command(self, command: DrafterCommand) -> None:
         match command:
             case Allow(limit):
                 self._limit = limit
@@ -133,7 +141,7 @@ class ToyDrafter:
         waits = self._blocked or self._exhausted or self._paused
         return not waits and len(self._text) < self._limit
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[DrafterEvent]:
         """The event of one step, and perhaps that the drafter pauses after it."""
         if self._recover is not None:
             return [self._offer(self._recover)]
@@ -142,18 +150,18 @@ class ToyDrafter:
         stopped = position > self._num_prompt and self._text[-1] in self._stop
         if law is None or stopped:
             self._exhausted = True
-            return [("exhausted", self._branch, position, (), ())]
+            return [Exhausted(self._branch, position)]
         purpose = Purpose.DRAFT if self._split else Purpose.COUPLED
         token_id = draw(law, self._seed, position, purpose)
         self._text.append(token_id)
         probs = (law.prob(token_id),) if self._split else ()
-        events: list[Event] = [("drafted", self._branch, position, (token_id,), probs)]
+        events: list[DrafterEvent] = [Drafted(self._branch, position, (token_id,), probs)]
         if float(law.probs.max()) < self._confidence_stop:
             self._paused = True
-            events.append(("paused", self._branch, position + 1, (), ()))
+            events.append(Paused(self._branch, position + 1))
         return events
 
-    def _offer(self, recover: Recover) -> Event:
+    def _offer(self, recover: Recover) -> DrafterEvent:
         self._recover = None
         law = None
         if recover.judged and not self._forget_judged:
@@ -162,10 +170,9 @@ class ToyDrafter:
         token_id = sampler.offer(recover.rejection, recover.attempt)
         if token_id is None:
             self._blocked = True
-            attempt = (recover.attempt + 1,)
-            return ("probe_needed", recover.branch, recover.position, attempt, ())
+            return ProbeNeeded(recover.branch, recover.position, recover.attempt + 1)
         self._text.append(token_id)
-        return ("recovered", recover.branch, recover.position, (token_id,), ())
+        return Recovered(recover.branch, recover.position, token_id)
 
 
 def rejection_at(

@@ -18,17 +18,20 @@ import numpy as np
 from picospec.protocol import codec
 from picospec.protocol.cloud_session import CloudSession
 from picospec.protocol.draft_queue import DraftQueue
-from picospec.protocol.edge_machine import (
-    Allow,
+from picospec.protocol.drafting import Allow, DrafterEvent, ProbeNeeded, Recover, Rollback
+from picospec.protocol.edge_events import (
     Commit,
-    Effect,
+    EdgeEvent,
     Finished,
-    Recover,
-    Rollback,
+    LinkLost,
+    Resume,
     Send,
-    SpeculationPolicy,
+    SetLength,
+    Start,
+    Tick,
 )
-from picospec.protocol.edge_session import EdgeSession
+from picospec.protocol.edge_machine import SpeculationPolicy
+from picospec.protocol.edge_session import EdgeSession, replay
 from picospec.protocol.messages import (
     AssistPolicy,
     CloudFrame,
@@ -43,9 +46,11 @@ from picospec.protocol.messages import (
     Verdict,
     VerificationMode,
 )
+from picospec.protocol.session_spec import SessionSpec
 from tests.sim.toy import Language, ToyDrafter, first_token, judge, rejection_at
 
 SPLIT = VerificationMode.SPLIT
+MOST_EVENTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Clock:
         self._count += 1
         heapq.heappush(self._due, (time, self._count, call, args))
 
-    def run(self, done: Callable[[], bool], most_events: int = 100_000) -> None:
+    def run(self, done: Callable[[], bool], most_events: int = MOST_EVENTS) -> None:
         for _ in range(most_events):
             if done():
                 return
@@ -280,15 +285,16 @@ class World:
             Limits(),
             1,
         )
-        self.session = EdgeSession(
-            "sim",
-            np.array(scenario.prompt, np.int32),
-            replace(scenario.language.params, seed=scenario.seed),
-            scenario.max_tokens,
-            scenario.stop,
-            self.card,
-            scenario.policy,
+        self.spec = SessionSpec(
+            session_id="sim",
+            prompt_token_ids=np.array(scenario.prompt, np.int32),
+            sampling=replace(scenario.language.params, seed=scenario.seed),
+            max_tokens=scenario.max_tokens,
+            stop_token_ids=scenario.stop,
+            card=self.card,
+            policy=scenario.policy,
         )
+        self.session = EdgeSession(self.spec, log_length=MOST_EVENTS)
         self.drafter = ToyDrafter(
             scenario.language,
             scenario.prompt,
@@ -308,10 +314,23 @@ class World:
         self._drafting = False
 
     def run(self) -> list[int]:
-        self._execute(self.session.start(0.0))
-        self.clock.run(lambda: self.reason is not None)
-        assert self.output == self.session.output
+        """The output. What goes wrong comes with the session's log, which replays it."""
+        try:
+            self._tell(Start())
+            self.clock.run(lambda: self.reason is not None)
+            assert self.output == self.session.output
+            self.session.validate()
+        except Exception as error:
+            error.add_note(f"seed {self.scenario.seed}, {self.scenario.policy}")
+            error.add_note("\n".join(f"{now:10.3f} {event}" for now, event in self.session.log))
+            raise
         return self.output
+
+    def replayed(self) -> EdgeSession:
+        """A fresh session that was told all that this world's was."""
+        session = EdgeSession(self.spec)
+        replay(session, self.session.log)
+        return session
 
     def chance(self, rate: float) -> bool:
         return rate > 0 and self.rng.random() < rate
@@ -323,10 +342,10 @@ class World:
         if stream is not self.stream:
             self.late_frames += 1
             return
-        self._execute(self.session.receive(frame, self.clock.now))
+        self._tell(frame)
         if self.chance(self.faults.change):
             length, window = self.rng.choice([1, 2, 5]), self.rng.choice([1, 5, 20])
-            self._execute(self.session.set_length(length, window, self.clock.now))
+            self._tell(SetLength(length, window))
         self._maybe_lose_in_recovery(isinstance(frame, Verdict) and frame.rejection is not None)
 
     def lose(self, stream: Stream) -> None:
@@ -340,19 +359,24 @@ class World:
     def _lost(self) -> None:
         if self.session.finished:
             return
-        self._execute(self.session.link_lost(self.clock.now))
+        self._tell(LinkLost())
         self.clock.at(self.clock.now + self.vary(20.0), self._resume)
 
     def _resume(self) -> None:
         self.resumes += 1
-        self._execute(self.session.resume(self.clock.now))
+        self._tell(Resume())
 
     def _maybe_lose_in_recovery(self, recovering: bool) -> None:
         if recovering and self.stream is not None and self.chance(self.faults.lose_in_recovery):
             self.losses_in_recovery += self.resumes < self.scenario.max_resumes
             self.lose(self.stream)
 
-    def _execute(self, effects: list[Effect]) -> None:
+    def _tell(self, event: EdgeEvent) -> None:
+        """Have the session handle `event`, and carry out what follows."""
+        effects = self.session.handle(event, self.clock.now)
+        self.session.validate()
+        if not effects and isinstance(event, Tick):
+            return
         for effect in effects:
             match effect:
                 case Send(frame):
@@ -365,13 +389,8 @@ class World:
                 case Allow() | Rollback() | Recover():
                     self.drafter.command(effect)
         if (deadline := self.session.deadline) is not None:
-            self.clock.at(deadline, self._tick)
+            self.clock.at(deadline, self._tell, Tick())
         self._draft()
-
-    def _tick(self) -> None:
-        effects = self.session.tick(self.clock.now)
-        if effects:
-            self._execute(effects)
 
     def _send(self, frame: EdgeFrame) -> None:
         if isinstance(frame, Open):
@@ -391,29 +410,10 @@ class World:
         self._drafting = False
         if self.drafter.can_step:
             for event in self.drafter.step():
-                self.clock.at(self.clock.now + 0.1, self._edge_hears, *event)
+                self.clock.at(self.clock.now + 0.1, self._edge_hears, event)
         self._draft()
 
-    def _edge_hears(
-        self,
-        name: str,
-        branch: int,
-        position: int,
-        token_ids: tuple[int, ...],
-        probs: tuple[float, ...],
-    ) -> None:
-        session, now = self.session, self.clock.now
-        match name:
-            case "drafted":
-                effects = session.drafted(branch, position, token_ids, probs, now)
-            case "exhausted":
-                effects = session.exhausted(branch, position, now)
-            case "paused":
-                effects = session.paused(branch, position, now)
-            case "recovered":
-                effects = session.recovered(branch, position, token_ids[0], now)
-            case _:
-                effects = session.probe_needed(branch, position, token_ids[0], now)
-        current = branch == session.branch
-        self._execute(effects)
-        self._maybe_lose_in_recovery(name == "probe_needed" and current)
+    def _edge_hears(self, event: DrafterEvent) -> None:
+        current = event.branch == self.session.branch
+        self._tell(event)
+        self._maybe_lose_in_recovery(isinstance(event, ProbeNeeded) and current)

@@ -161,6 +161,8 @@ def make_verdict(
     rejection: Rejection | None = None,
     finish_reason: FinishReason | None = None,
     num_draft_tokens: int = 0,
+    queue_us: int = 0,
+    compute_us: int = 0,
     num_forwards: int = 0,
 ) -> Verdict:
     return Verdict(
@@ -171,6 +173,8 @@ def make_verdict(
         rejection=rejection,
         finish_reason=finish_reason,
         num_draft_tokens=num_draft_tokens,
+        queue_us=queue_us,
+        compute_us=compute_us,
         num_forwards=num_forwards,
     )
 

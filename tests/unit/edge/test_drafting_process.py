@@ -19,19 +19,20 @@ import pytest
 
 from edge_agent.drafting import process
 from edge_agent.drafting.ipc import WorkerChannel, encode
-from edge_agent.drafting.messages import (
-    ContextFailed,
-    ContextSpec,
-    Drafted,
-    DrafterSpec,
-    Exhausted,
-    ProbeNeeded,
-    Recovered,
-)
+from edge_agent.drafting.messages import ContextFailed, ContextSpec, DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.drafting.scripted import SCRIPT_FILE, ScriptedDrafting, pseudo_model
 from edge_agent.drafting.worker import DraftWorker
 from picospec.errors import CapacityError, DrafterFailed
+from picospec.protocol.drafting import (
+    Allow,
+    Drafted,
+    Exhausted,
+    ProbeNeeded,
+    Recover,
+    Recovered,
+    Rollback,
+)
 from picospec.protocol.messages import Rejection, SamplingParams, VerificationMode
 
 WIDTH, MODEL_SEED = 32, 3
@@ -87,7 +88,7 @@ class Chat:
         self.failed: ContextFailed | None = None
         self.done = asyncio.Event()
         self.context = drafting.open(spec, self.on_event)
-        self.context.allow(len(self.text) + WINDOW)
+        self.context.send(Allow(len(self.text) + WINDOW))
 
     def on_event(self, event) -> None:
         if isinstance(event, ContextFailed):
@@ -106,7 +107,7 @@ class Chat:
         elif isinstance(event, Recovered):
             assert event.position == len(self.text)
             self.commit(event.token_id)
-            self.context.allow(len(self.text) + WINDOW)
+            self.context.send(Allow(len(self.text) + WINDOW))
         if len(self.text) >= NUM_TOKENS:
             self.context.close()
             self.done.set()
@@ -117,7 +118,7 @@ class Chat:
                 self.branch += 1
                 self.drafts = []
                 if self.spec.mode is VerificationMode.COUPLED:
-                    self.context.rollback(self.branch, len(self.text), (7,))
+                    self.context.send(Rollback(self.branch, len(self.text), (7,)))
                     self.commit(7)
                 else:
                     self.recover(0, rollback=False)
@@ -127,7 +128,7 @@ class Chat:
             self.commit(token_id)
         else:
             self.drafts = []
-        self.context.allow(len(self.text) + WINDOW)
+        self.context.send(Allow(len(self.text) + WINDOW))
 
     def recover(self, attempt: int, rollback: bool = True) -> None:
         self.branch += rollback
@@ -138,7 +139,7 @@ class Chat:
         rejection = Rejection(
             np.array([30, 31], np.int32), np.array([0.1, 0.1], np.float32), 0.8, tail_token, 0.2
         )
-        self.context.recover(self.branch, position, rejection, attempt, judged=True)
+        self.context.send(Recover(self.branch, position, rejection, attempt, judged=True))
 
     def commit(self, token_id: int) -> None:
         self.text.append(token_id)
@@ -186,7 +187,7 @@ class CrashingDrafting(ScriptedDrafting):
         if self._random.random() < 0.05:
             self._life += 1
             self._worker = DraftWorker(self.drafter, self._emit)
-            for context_id, context in self._contexts.items():
+            for context_id, context in self.contexts.items():
                 for command in context.rebuild():
                     self._worker.handle(context_id, command)
         super()._schedule()
@@ -261,19 +262,19 @@ async def test_worker_killed_while_a_probe_is_out(script_spec):
     async with running(script_spec()) as drafting:
         events = []
         context = drafting.open(context_spec(), events.append)
-        context.allow(5)
+        context.send(Allow(5))
         await until(lambda: len(events) == 2)
         certain_tail = Rejection(
             np.array([3], np.int32), np.zeros(1, np.float32), 1.0, events[0].token_ids[0], 1e-9
         )
-        context.recover(1, 3, certain_tail, 0, judged=True)
+        context.send(Recover(1, 3, certain_tail, 0, judged=True))
         await until(lambda: len(events) == 3)
         assert events[2] == ProbeNeeded(1, 3, 1)
         os.kill(drafting.pid, signal.SIGKILL)
         await until(lambda: drafting.restarts == 1)
         await asyncio.sleep(0.05)
         assert len(events) == 3  # waits for the probe's answer as before
-        context.recover(2, 3, certain_tail, 1, judged=True)
+        context.send(Recover(2, 3, certain_tail, 1, judged=True))
         await until(lambda: len(events) > 3)
         assert events[3] == ProbeNeeded(2, 3, 2)
 
@@ -307,8 +308,8 @@ async def test_a_worker_that_does_not_read_is_replaced(script_spec, monkeypatch)
         context = drafting.open(context_spec(), events.append)
         os.kill(drafting.pid, signal.SIGSTOP)
         for limit in range(10_000):
-            context.allow(limit % 7)
-        context.allow(4)
+            context.send(Allow(limit % 7))
+        context.send(Allow(4))
         await until(lambda: events)
         assert drafting.restarts == 1
         assert events[0].position == 3
@@ -322,7 +323,7 @@ async def test_contexts_share_the_drafter_fairly(script_spec):
             for index in range(8)
         ]
         for context in contexts:
-            context.allow(3 + 20)
+            context.send(Allow(3 + 20))
         await until(lambda: len(order) == 160)
         counts = [order[: 8 * 15].count(index) for index in range(8)]
         assert min(counts) >= 13
@@ -332,18 +333,18 @@ async def test_events_of_an_older_branch_are_not_delivered(script_spec):
     async with running(script_spec()) as drafting:
         events = []
         context = drafting.open(context_spec(), events.append)
-        context.allow(50)
+        context.send(Allow(50))
         await until(lambda: len(events) >= 3)
         seen = len(events)
-        context.rollback(1, 4, (9,))
+        context.send(Rollback(1, 4, (9,)))
         assert len(events) == seen
         await until(lambda: len(events) == seen + 45)
         assert [event.branch for event in events[seen:]] == [1] * 45
         assert [event.position for event in events[seen:]] == [*range(5, 50)]
         with pytest.raises(ValueError, match="cannot roll back"):
-            context.rollback(2, 4)  # committed
+            context.send(Rollback(2, 4))  # committed
         with pytest.raises(ValueError, match="cannot roll back"):
-            context.rollback(2, 51)  # not drafted yet
+            context.send(Rollback(2, 51))  # not drafted yet
 
 
 async def test_contexts_are_bounded_and_closing_frees_them(script_spec):
@@ -373,10 +374,10 @@ async def test_200_opened_and_closed_leave_nothing(script_spec):
             for index in range(count):
                 events = []
                 context = drafting.open(context_spec(seed=index), events.append)
-                context.allow(10)
+                context.send(Allow(10))
                 if index % 3:
                     await until(lambda events=events: len(events) >= 2)
-                    context.rollback(1, 4)
+                    context.send(Rollback(1, 4))
                 context.close()
 
         await cycle(50)
@@ -409,10 +410,10 @@ async def test_ngram_in_a_worker(tmp_path):
         text = np.array([1, 2, 3, 4, 1, 2, 3], np.int32)
         spec = ContextSpec("r", text, SamplingParams(), VerificationMode.COUPLED, (), 7)
         context = drafting.open(spec, events.append)
-        context.allow(10)
+        context.send(Allow(10))
         await until(lambda: len(events) == 3)
         assert [event.token_ids for event in events] == [(4,), (1,), (2,)]
-        context.rollback(1, 8, (77,))
+        context.send(Rollback(1, 8, (77,)))
         await until(lambda: len(events) == 4)
         assert events[3] == Exhausted(1, 9)
 
@@ -490,11 +491,11 @@ async def test_waiting_for_a_rejection_is_no_drafting(script_spec) -> None:
     async with running(script_spec()) as drafting:
         events = []
         context = drafting.open(context_spec(), events.append)
-        context.allow(3 + WINDOW)
+        context.send(Allow(3 + WINDOW))
         await until(lambda: len(events) == WINDOW)
         before_s, waited_s = drafting.drafting_s, 0.5
         await asyncio.sleep(waited_s)
         certain = Rejection(np.array([7], np.int32), np.ones(1, np.float32))
-        context.recover(1, 3, certain, 0, judged=True)
+        context.send(Recover(1, 3, certain, 0, judged=True))
         await until(lambda: any(isinstance(event, Recovered) for event in events))
         assert drafting.drafting_s - before_s < waited_s / 2

@@ -9,23 +9,25 @@ import pytest
 
 from edge_agent.drafting import drafter, worker
 from edge_agent.drafting.messages import (
-    Allow,
     CloseContext,
     ContextFailed,
     ContextSpec,
-    Drafted,
     DrafterSpec,
-    Exhausted,
     OpenContext,
+)
+from edge_agent.drafting.rejection import RejectionSampler
+from edge_agent.drafting.scripted import ScriptedDrafter, pseudo_model, sequence
+from picospec.errors import DrafterFailed
+from picospec.protocol.drafting import (
+    Allow,
+    Drafted,
+    Exhausted,
     Paused,
     ProbeNeeded,
     Recover,
     Recovered,
     Rollback,
 )
-from edge_agent.drafting.rejection import RejectionSampler
-from edge_agent.drafting.scripted import ScriptedDrafter, pseudo_model, sequence
-from picospec.errors import DrafterFailed
 from picospec.protocol.messages import Rejection, SamplingParams, VerificationMode
 from picospec.sampling.distribution import draw, process
 from picospec.sampling.noise import Purpose

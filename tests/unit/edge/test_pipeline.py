@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_agent import pipeline
+from edge_agent import pipeline, resume
 from edge_agent.drafting.messages import ContextFailed
 from edge_agent.drafting.scripted import ScriptedDrafting
 from edge_agent.generation import GenerationChunk, GenerationRequest
@@ -30,7 +30,6 @@ from picospec.protocol.messages import (
     EdgeFrame,
     Finish,
     FinishReason,
-    Limits,
     ModelCard,
     Open,
     Opened,
@@ -40,12 +39,12 @@ from picospec.protocol.messages import (
 )
 from tests.sim.toy import Language, context_of, decode
 from tests.sim.world import Cloud, Faults, Scenario, Times
+from tests.support.builders import COUPLED, SPLIT, make_card
 
-SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 VOCAB, PROMPT = 16, (1, 2, 3)
 LANGUAGE = Language(VOCAB, 3, 0.8, SamplingParams())
 GREEDY = Language(VOCAB, 3, 0.8, SamplingParams(temperature=0.0))
-CARD = ModelCard("toy", VOCAB, "", "", (), 512, tuple(VerificationMode), Limits(), 1)
+CARD = make_card(logits_width=VOCAB, eos_token_ids=(), max_model_len=512)
 
 
 class LoopClock:
@@ -143,7 +142,7 @@ class Recorder(NullObserver):
 
 @pytest.fixture(autouse=True)
 def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "BACKOFF_FIRST_S", 0.001)
+    monkeypatch.setattr(resume, "BACKOFF_FIRST_S", 0.001)
 
 
 @pytest.fixture
@@ -393,7 +392,7 @@ async def test_a_drafter_that_fails_ends_the_generation() -> None:
     generator = SpeculativeGenerator(link, drafting, lambda: CARD, SpeculationPolicy())
     reader = asyncio.create_task(collect(generator.generate(request_of())))
     await asyncio.sleep(0.01)
-    next(iter(drafting._contexts.values())).deliver(ContextFailed(DrafterFailed("died")))
+    next(iter(drafting.contexts.values())).deliver(ContextFailed(DrafterFailed("died")))
     with pytest.raises(DrafterFailed):
         await reader
     assert link.streams[0].closed
