@@ -1,6 +1,6 @@
 """The WAN benchmark: `python -m bench --suite quick --output FOLDER`.
 
-Writes SUITE.json (every generation), SUITE-costs.json, and the report with its plots (report.py).
+Writes SUITE.json (every generation), SUITE-costs.json, and the report with its plots (report/).
 Ends with status 1 if a generation failed, or if a greedy text differs from stock vLLM's.
 """
 
@@ -13,7 +13,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from bench import plan, report
+from bench import plan
+from bench.report import document
 from bench.results import Result
 from bench.scenarios import SUITES
 from picospec_cli.console import CommandFailed
@@ -56,7 +57,8 @@ def main() -> int:
         except CommandFailed as error:
             print(f"bench: {error}", file=sys.stderr)
             return 1
-    print(f"{path} and {report.write(result, arguments.output)} are written, the costs beside them")
+    report = document.write(result, arguments.output)
+    print(f"{path} and {report} are written, the costs beside them")
     return status(result)
 
 

@@ -23,9 +23,9 @@ from typing import Any
 from bench.machine import cloud_core, cpu_time_s, edge_core, pinned
 from bench.metering import MeteredLink
 from bench.scenarios import Condition
-from bench.stock_client import StockClient
-from bench.stock_server import EQUAL_SETTINGS
-from bench.wan_process import NO_BYTES, Counts, WanProcess
+from bench.stock.client import StockClient
+from bench.stock.server import EQUAL_SETTINGS
+from bench.wan.process import NO_BYTES, Counts, WanProcess
 from edge_agent.control import DraftLengthController
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
@@ -109,7 +109,7 @@ async def laid_out(drafts: Sequence[str], logs: Path, *, eager: bool) -> AsyncIt
         cloud_port, stock_port = _free_port(), _free_port()
         cloud_daemon, stock_daemon = (
             _daemon(stack, "cloud_server", _cloud_flags(cloud_port, settings), logs),
-            _daemon(stack, "bench.stock_server", _stock_arguments(stock_port, settings), logs),
+            _daemon(stack, "bench.stock.server", _stock_arguments(stock_port, settings), logs),
         )
         stack.enter_context(pinned(edge_core()))  # the cloud's processes have their core by now
         drafting = {draft: await _drafter(stack, draft) for draft in drafts}

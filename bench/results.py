@@ -173,8 +173,10 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def model_costs(result: Result) -> dict[str, Any]:
-    """What was measured of the parts, as `picospec model --costs` reads it. A draft's acceptance is
-    that of the whole system, over all groups."""
+    """What was measured of the parts, as `picospec predict --costs` reads it.
+
+    A draft's acceptance is that of the whole system, over all groups.
+    """
     costs = result.costs
     drafts = {}
     for draft, draft_ms in costs.draft_ms.items():

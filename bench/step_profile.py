@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from bench.machine import cloud_core, description, edge_core, pinned
-from bench.overhead_cloud import PROMPT, decode
-from bench.stock_server import EQUAL_SETTINGS
+from bench.overhead.cloud import PROMPT, decode
+from bench.stock.server import EQUAL_SETTINGS
 from edge_agent.drafting import drafter
 from edge_agent.drafting.messages import ContextSpec, DrafterSpec
 from edge_agent.drafting.worker import DraftWorker

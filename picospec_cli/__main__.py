@@ -17,7 +17,7 @@ COMMANDS = {
     "demo": "start both daemons on this machine and answer a prompt",
     "chat": "chat with a running edge agent",
     "doctor": "examine the installation, the models and the daemons",
-    "model": "predict the throughput over round trip, acceptance and draft length",
+    "predict": "predict the throughput over round trip, acceptance and draft length",
 }
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, results, tables
+from bench import results
+from bench.report import document, tables
 from bench.results import ConditionResult, Costs, GroupResult, Record, Result
 from bench.scenarios import ABLATED, ADAPTIVE, Group, System, fixed, group
 from picospec_cli.__main__ import main
@@ -118,7 +119,7 @@ def test_a_file_keeps_everything(result: Result, tmp_path: Path) -> None:
 
 
 def test_the_report_has_every_table(result: Result) -> None:
-    text = report.render(result, {}, predict={"outcomes": lambda each: 30.0})
+    text = document.render(result, {}, predict={"outcomes": lambda each: 30.0})
     for title in (
         "Speed-up over the cloud alone",
         "Adaptive draft length",
@@ -139,7 +140,7 @@ def test_the_report_has_every_table(result: Result) -> None:
 
 
 def test_rows_have_as_many_cells_as_heads(result: Result) -> None:
-    lines = report.render(result, {}, predict={"outcomes": lambda each: 30.0}).splitlines()
+    lines = document.render(result, {}, predict={"outcomes": lambda each: 30.0}).splitlines()
     widths: list[int] = []
     for line in lines:
         if not line.startswith("|"):
@@ -161,7 +162,7 @@ def test_a_text_that_differs_is_named(result: Result) -> None:
         compared=True,
         first_difference=7,
     )
-    text = report.render(result, {})
+    text = document.render(result, {})
     assert "token for token: 39 of 40" in text
     assert "PicoSpec, int4, RTT 20 ms, prompt a: from token 7 on" in text
 
@@ -169,7 +170,7 @@ def test_a_text_that_differs_is_named(result: Result) -> None:
 def test_what_was_not_measured_leaves_no_section(result: Result) -> None:
     result.groups = result.groups[:1]
     result.not_run = ["ablation: no such key"]
-    text = report.render(result, {})
+    text = document.render(result, {})
     for title in ("Draft length", "What each part is worth", "Bandwidth", "Temperature"):
         assert f"## {title}\n" not in text
     assert "- ablation: no such key" in text
@@ -207,7 +208,7 @@ def test_predictions_beside_measurements(result: Result) -> None:
 
 def test_the_plots_are_written(result: Result, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    path = report.write(result, tmp_path)
+    path = document.write(result, tmp_path)
     pictures = re.findall(r"\]\((tiny-\w+\.png)\)", path.read_text())
     assert pictures == ["tiny-speedup.png", "tiny-lengths.png", "tiny-ablation.png"]
     for picture in pictures:
@@ -215,16 +216,16 @@ def test_the_plots_are_written(result: Result, tmp_path: Path) -> None:
         assert (tmp_path / picture).with_suffix(".svg").read_text().startswith("<?xml")
 
 
-def test_the_costs_are_what_the_model_command_reads(
+def test_the_costs_are_what_the_predict_command_reads(
     result: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report.write(result, tmp_path)
+    document.write(result, tmp_path)
     path = tmp_path / "tiny-costs.json"
-    document = json.loads(path.read_text())
-    assert document["drafts"]["int8"]["alpha"] == 1.0  # nine accepted of each, no misses on record
-    assert document["verify_ms"] == {"0": 40.0, "4": 61.0}
-    assert document["plain_ms"] == 42.0
-    assert main(["model", "--costs", str(path), "--json"]) == 0
+    written = json.loads(path.read_text())
+    assert written["drafts"]["int8"]["alpha"] == 1.0  # nine accepted of each, no misses on record
+    assert written["verify_ms"] == {"0": 40.0, "4": 61.0}
+    assert written["plain_ms"] == 42.0
+    assert main(["predict", "--costs", str(path), "--json"]) == 0
     cases = json.loads(capsys.readouterr().out)["cases"]
     assert len(cases) == 2
 

@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from bench import metering, plan, scenarios, spreads, step_profile, tables
+from bench import metering, plan, scenarios, spreads, step_profile
+from bench.report import tables
 from bench.scenarios import ADAPTIVE, DRAFTS, SUITES, Condition, Suite, System, fixed
 from edge_agent.config import SpeculationConfig
 

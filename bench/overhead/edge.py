@@ -1,4 +1,4 @@
-"""The edge's overheads: a drafted token, and bytes on the wire (overhead.py)."""
+"""The edge's overheads: a drafted token, and bytes on the wire."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.accepting_link import AcceptingLink
 from bench.machine import edge_core, pinned
-from bench.overhead_cloud import PROMPT
+from bench.overhead.accepting_link import AcceptingLink
+from bench.overhead.cloud import PROMPT
 from bench.wan import LineConditions, WanRelay
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess

@@ -1,4 +1,4 @@
-"""The baseline: stock vLLM as a server, `python -m bench.stock_server MODEL PORT [KEY=VALUE ...]`.
+"""The baseline: stock vLLM as a server, `python -m bench.stock.server MODEL PORT [KEY=VALUE ...]`.
 
 vLLM's own AsyncLLM, scheduler, worker and sampler, without speculation, with the settings that
 the cloud daemon has (EQUAL_SETTINGS). Tokens are streamed as they come, a JSON line each, over

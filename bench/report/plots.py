@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import paper, tables
+from bench.report import paper, tables
 from bench.results import Result
 from bench.scenarios import DRAFTS, System
 

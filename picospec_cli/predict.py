@@ -1,4 +1,4 @@
-"""`picospec model`: how fast speculation would be, before it is run.
+"""`picospec predict`: how fast speculation would be, before it is run.
 
 The costs come from a JSON file that the benchmark writes, an object with
     verify_ms         {"0": ms, "1": ms, ...}: an engine step by number of drafts judged

@@ -1,4 +1,4 @@
-"""The cloud's overheads: a step of the engine, and a Draft's way to it (overhead.py)."""
+"""The cloud's overheads: a step of the engine, and a Draft's way to it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """An event simulation of one session: drafter, two wires, engine, and chance.
 
 The rules of this file:
-1. State changes in the handlers of events only (`world`), which belong to the two ends
-   (`ends`).
+1. State changes in the handlers of events only (`clock_and_wires`), which belong to the two ends
+   (`edge`, `cloud`).
 2. Whether a draft will be accepted is drawn when it is made, from `seed` alone, or, where a `Text`
    is replayed, on record. A text begins with its request, chance with a first token at both ends.
 
@@ -15,8 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from picospec.performance.costs import Acceptance, Costs, Network, Scheme, Text, check_acceptance
-from picospec.performance.ends import Cloud, Edge
-from picospec.performance.world import Controller, World
+from picospec.performance.simulation.clock_and_wires import Controller, World
+from picospec.performance.simulation.cloud import Cloud
+from picospec.performance.simulation.edge import Edge
 
 EVENTS_MAX_A_RUN = 100_000_000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import geometric_mean
 
-from bench import paper
+from bench.report import paper
 from bench.results import ConditionResult, GroupResult, Record, Result
 from bench.scenarios import (
     ADAPTIVE,

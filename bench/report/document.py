@@ -1,20 +1,19 @@
-"""The report: `python -m bench.report RESULTS.json --output FOLDER` writes it anew from a result.
+"""The report of a suite's run, in Markdown.
 
 Every figure comes from the result; the paper's are data in paper.py and are marked as its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench import paper, plots, tables
-from bench.prediction import predictors
-from bench.results import Result, load, model_costs
+from bench.report import paper, plots, tables
+from bench.report.prediction import predictors
+from bench.report.tables import Cell, Column, Predictors, Setting
+from bench.results import Result, model_costs
 from bench.scenarios import ABLATION_TEMPERATURE, SWEEP_RTT_MS, Condition
-from bench.tables import Cell, Column, Predictors, Setting
 
 
 def write(result: Result, folder: Path) -> Path:
@@ -114,7 +113,7 @@ def _sections(result: Result, predict: Predictors | None) -> Iterator[tuple[str,
     if predict is not None:
         yield (
             "Predicted and measured",
-            "The event simulation (`picospec/performance/simulation.py`). *Replay*: fed by each "
+            "The event simulation (`picospec/performance/simulation/`). *Replay*: fed by each "
             "generation's own times of drafting, verifying and prefilling, and the outcome of its "
             "drafts, one by one. *Costs before*: the same, but verification as it was measured "
             "when the group began. *Rate*: as that, but chance decides, at the generation's rate "
@@ -178,15 +177,3 @@ def _lossless(result: Result) -> Iterator[str]:
     ]
     if differing:
         yield "\n".join(differing)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--output", type=Path, help="folder; default: that of the results")
-    arguments = parser.parse_args()
-    print(write(load(arguments.results), arguments.output or arguments.results.parent))
-
-
-if __name__ == "__main__":
-    main()

@@ -16,10 +16,10 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
+from bench.report.tables import Predict
 from bench.results import ConditionResult, Costs, GroupResult, Record, Result
 from bench.scenarios import System
 from bench.systems import configured
-from bench.tables import Predict
 from picospec.performance import costs as model
 from picospec.performance.simulation import replay_s, simulate
 from picospec.protocol.messages import VerificationMode

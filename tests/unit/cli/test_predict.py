@@ -1,4 +1,4 @@
-"""`picospec model`: the table, the JSON, and what it refuses."""
+"""`picospec predict`: the table, the JSON, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from picospec.performance.costs import Costs, Network, Scheme, VerifyCost
 from picospec.performance.prediction import predicted_goodput
 from picospec_cli.__main__ import main
-from picospec_cli.model import DEFAULT_COSTS
+from picospec_cli.predict import DEFAULT_COSTS
 
 MEASURED = {
     "verify_ms": {"0": 20, "1": 21, "8": 30},
@@ -24,7 +24,7 @@ MEASURED = {
 
 
 def model_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    assert main(["model", "--json", *words]) == 0
+    assert main(["predict", "--json", *words]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     return document
 
@@ -36,7 +36,7 @@ def costs_file(tmp_path: Path, document: object) -> str:
 
 
 def test_the_defaults_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model"]) == 0
+    assert main(["predict"]) == 0
     table = capsys.readouterr().out
     assert "int4: 7.5 ms a draft, acceptance 0.69; cloud-only decoding 25.0 tokens/s" in table
     assert "int8: 13.2 ms a draft" in table
@@ -77,10 +77,10 @@ def test_the_command_line_goes_first(capsys: pytest.CaptureFixture[str], tmp_pat
 
 
 def test_a_break_even_that_is_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["model", "--alpha", "0"]) == 0
+    assert main(["predict", "--alpha", "0"]) == 0
     assert "slower than cloud-only decoding at any RTT" in capsys.readouterr().out
     path = costs_file(tmp_path, MEASURED | {"plain_ms": 1e6})
-    assert main(["model", "--costs", path]) == 0
+    assert main(["predict", "--costs", path]) == 0
     assert "none below 10000 ms" in capsys.readouterr().out
 
 
@@ -122,18 +122,18 @@ def test_switches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_files_that_say_too_little(
     document: object, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main(["model", "--costs", costs_file(tmp_path, document)]) == 1
+    assert main(["predict", "--costs", costs_file(tmp_path, document)]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_no_file_and_no_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["model", "--costs", str(tmp_path / "absent.json")]) == 1
+    assert main(["predict", "--costs", str(tmp_path / "absent.json")]) == 1
     (tmp_path / "costs.json").write_text("{")
-    assert main(["model", "--costs", str(tmp_path / "costs.json")]) == 1
+    assert main(["predict", "--costs", str(tmp_path / "costs.json")]) == 1
     assert "is not JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--rtt", "-1"], ["--window", "0"], ["--draft-length-max", "0"]])
 def test_impossible_arguments(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model", *words]) == 1
+    assert main(["predict", *words]) == 1
     assert "must be" in capsys.readouterr().err

@@ -19,10 +19,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.communicator import measure_codec
 from bench.machine import cloud_core, description, edge_core, pinned
-from bench.overhead_cloud import measure_delivery, measure_engine
-from bench.overhead_edge import measure_bytes, measure_pipeline
+from bench.overhead.cloud import measure_delivery, measure_engine
+from bench.overhead.codec import measure_codec
+from bench.overhead.edge import measure_bytes, measure_pipeline
 from edge_agent.link import CloudLink
 from picospec.errors import CloudUnavailable
 from picospec_cli.processes import Daemon, stop

@@ -1,4 +1,4 @@
-"""The client of the baseline (stock_server.py): tokens as they arrive."""
+"""The client of the baseline (server.py): tokens as they arrive."""
 
 from __future__ import annotations
 

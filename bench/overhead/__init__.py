@@ -1,0 +1,1 @@
+"""What PicoSpec costs beside the models' own forwards."""

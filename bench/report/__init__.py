@@ -1,0 +1,1 @@
+"""A result as a report: its text, tables and plots, and what the simulation predicted."""

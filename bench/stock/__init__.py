@@ -1,0 +1,1 @@
+"""The baseline: stock vLLM as a server, and its client."""
