@@ -82,17 +82,9 @@ class MeteredStream:
     def bytes_up(self) -> int:
         return self._stream.bytes_up
 
-    @bytes_up.setter
-    def bytes_up(self, value: int) -> None:
-        self._stream.bytes_up = value
-
     @property
     def bytes_down(self) -> int:
         return self._stream.bytes_down
-
-    @bytes_down.setter
-    def bytes_down(self, value: int) -> None:
-        self._stream.bytes_down = value
 
     def send(self, frame: EdgeFrame) -> None:
         self.sent.append(frame)
@@ -112,18 +104,18 @@ class MeteredStream:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What the frames of one generation were. Bytes are gRPC message payloads."""
+    """What the frames of one generation were, named as in a `Record`."""
 
-    num_drafts_sent: int  # those never judged included
-    draft_bytes: int  # of all Draft frames
+    drafts_sent: int
+    draft_bytes: int
     verdicts: int
-    num_judged: int
-    num_accepted: int
-    misses: int  # verdicts that rejected a draft
-    outcomes: str  # by output position: "+" where a draft was right, "-" where it was not
+    drafted: int
+    accepted: int
+    misses: int
+    outcomes: str
     rejections: int
-    rejection_bytes: int  # of the verdicts that carry one
-    queue_us: float  # mean over verdicts on drafts, so without the prompt's prefill
+    rejection_bytes: int
+    queue_us: float  # over verdicts on drafts, so without the prompt's prefill
     compute_us: float
 
 
@@ -134,11 +126,11 @@ def traffic(sent: list[EdgeFrame], received: list[CloudFrame]) -> Traffic:
     judging = [verdict for verdict in verdicts if verdict.num_draft_tokens] or verdicts[1:]
     rejections = [verdict for verdict in verdicts if verdict.rejection is not None]
     return Traffic(
-        num_drafts_sent=sum(len(draft.token_ids) - draft.num_forced for draft in drafts),
+        drafts_sent=sum(len(draft.token_ids) - draft.num_forced for draft in drafts),
         draft_bytes=sum(len(encoder.to_bytes(draft)) for draft in drafts),
         verdicts=len(verdicts),
-        num_judged=sum(verdict.num_draft_tokens for verdict in verdicts),
-        num_accepted=sum(verdict.num_accepted for verdict in verdicts),
+        drafted=sum(verdict.num_draft_tokens for verdict in verdicts),
+        accepted=sum(verdict.num_accepted for verdict in verdicts),
         misses=sum(each.num_accepted < each.num_draft_tokens for each in verdicts),
         outcomes=_first_outcome(drafts, verdicts) + "".join(map(_outcome, verdicts)),
         rejections=len(rejections),

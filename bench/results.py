@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from bench.scenarios import Condition, System
 from bench.spreads import Spread, spread
 from picospec.performance.costs import VerifyCost
@@ -161,10 +163,9 @@ class Result:
 
 def to_json(result: Result) -> dict[str, Any]:
     """Raw records, and beside them each condition's medians and quartiles."""
-    data = asdict(result)
+    data: dict[str, Any] = _AS_JSON.dump_python(result, mode="json")
     for group, written in zip(result.groups, data["groups"], strict=True):
         for each, entry in zip(group.conditions, written["conditions"], strict=True):
-            entry["condition"]["system"] = each.condition.system.value
             entry["name"] = each.condition.name
             entry["tokens_per_s"] = asdict(each.spread(lambda record: record.tokens_per_s))
             entry["ttft_s"] = asdict(each.spread(lambda record: record.ttft_s))
@@ -202,38 +203,9 @@ def model_costs(result: Result) -> dict[str, Any]:
     }
 
 
-def from_json(data: dict[str, Any]) -> Result:
-    """The inverse of `to_json`; derived values are computed anew."""
-    groups = [
-        GroupResult(
-            group["name"],
-            group["max_tokens"],
-            [
-                ConditionResult(
-                    _condition(entry["condition"]),
-                    [Record(**record) for record in entry["records"]],
-                    entry["baseline"],
-                    entry["round_trip_ms"],
-                )
-                for entry in group["conditions"]
-            ],
-            group["wall_s"],
-            group["slowness"],
-        )
-        for group in data["groups"]
-    ]
-    costs = data["costs"]
-    verify_ms = {
-        mode: {int(count): ms for count, ms in times.items()}
-        for mode, times in costs["verify_ms"].items()
-    }
-    return Result(**{**data, "groups": groups, "costs": Costs(**{**costs, "verify_ms": verify_ms})})
-
-
 def load(path: Path) -> Result:
-    return from_json(json.loads(path.read_text()))
+    """The inverse of `save`; derived values are computed anew."""
+    return _AS_JSON.validate_json(path.read_bytes())
 
 
-def _condition(data: dict[str, Any]) -> Condition:
-    overrides = tuple((key, value) for key, value in data["overrides"])
-    return Condition(**{**data, "system": System(data["system"]), "overrides": overrides})
+_AS_JSON = TypeAdapter(Result)

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -158,16 +158,14 @@ async def _engine_plain(bed: Bed, condition: Condition, task: Task) -> Record:
     finally:
         await stream.aclose()
     crossed = await bed.drained() - wire
-    seen = traffic(bed.link.sent, bed.link.received)
+    seen = replace(traffic(bed.link.sent, bed.link.received), outcomes="")  # of no draft
     return watch.record(
         task,
-        verdicts=seen.verdicts,
         payload_up=stream.bytes_up,
         payload_down=stream.bytes_down,
         wire_up=crossed.up,
         wire_down=crossed.down,
-        queue_us=seen.queue_us,
-        compute_us=seen.compute_us,
+        **asdict(seen),
     )
 
 
@@ -234,30 +232,19 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
         await generation.aclose()
     stats = generation.stats
     crossed = await bed.drained() - wire
-    seen = traffic(bed.link.sent, bed.link.received)
     return watch.record(
         task,
-        drafted=seen.num_judged,
-        drafts_sent=seen.num_drafts_sent,
-        accepted=seen.num_accepted,
-        misses=seen.misses,
-        outcomes=seen.outcomes,
         first_draft_s=bed.link.first_draft_s,
         restart_ms=1e3 * statistics.median(bed.link.restarts_s or [0.0]),
-        verdicts=seen.verdicts,
-        rejections=seen.rejections,
         rollbacks=stats.rollbacks,
         resumes=stats.resumes,
         payload_up=stats.bytes_up,
         payload_down=stats.bytes_down,
-        draft_bytes=seen.draft_bytes,
-        rejection_bytes=seen.rejection_bytes,
         wire_up=crossed.up,
         wire_down=crossed.down,
-        queue_us=seen.queue_us,
-        compute_us=seen.compute_us,
         draft_ms=_draft_ms(bed, condition.draft, before) if before is not None else 0.0,
         slowness=_slowness(bed, keeps_rows=policy.fast_verify and not coupled),
+        **asdict(traffic(bed.link.sent, bed.link.received)),
     )
 
 

@@ -81,8 +81,11 @@ _STATUS_ERRORS: dict[grpc.StatusCode, type[PicoSpecError]] = {
 class Stream(Protocol):
     """One generation's stream."""
 
-    bytes_up: int  # gRPC message payloads
-    bytes_down: int
+    @property
+    def bytes_up(self) -> int: ...  # gRPC message payloads
+
+    @property
+    def bytes_down(self) -> int: ...
 
     def send(self, frame: EdgeFrame) -> None:
         """Queue a frame. Never blocks or raises; failures come out of `receive`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from statistics import geometric_mean
 
 from bench.report import paper
@@ -27,6 +28,7 @@ Setting = tuple[float, float | None, float]  # Condition.link
 Row = Sequence[str]
 
 ROUND = 4  # drafts: the default draft length, which the ablation keeps
+LENGTHS = tuple(map(fixed, range(1, 9)))  # the fixed ones that may have been measured
 
 NAMES = {
     System.CLOUD_ONLY: "stock vLLM",
@@ -80,24 +82,71 @@ def acceptance_cell(group: GroupResult, result: ConditionResult) -> str:
     return f"{cell}, α {_median(result, lambda record: record.acceptance):.2f}"
 
 
+def grid(corner: str, cells: Iterable[tuple[str, str, str]]) -> str:
+    """From (row, column, cell): rows and columns in the order in which they first come."""
+    rows: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for row, column, cell in cells:
+        rows[row][column] = cell
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    return table(
+        [corner, *columns],
+        ([name, *(row.get(column, "") for column in columns)] for name, row in rows.items()),
+    )
+
+
+def rtt(condition: Condition) -> str:
+    return f"RTT {condition.rtt_ms:g} ms"
+
+
 def by_rtt(result: Result) -> str:
     """Greedy, unlimited bandwidth, settings as they come: a row a system, a column an RTT."""
-    return _over_rtts(
-        result, lambda condition: not condition.overrides, lambda condition: label(condition)
-    )
+    return _speedups_by_rtt(result, {()})
 
 
 def control(result: Result) -> str:
     """Adaptive draft length beside fixed ones, at every RTT."""
-    swept = (ADAPTIVE, *(fixed(length) for length in range(1, 9)))
-    return _over_rtts(result, lambda condition: condition.overrides in swept, label)
+    return _speedups_by_rtt(result, {ADAPTIVE, *LENGTHS})
+
+
+def _speedups_by_rtt(result: Result, overrides: Collection[Overrides]) -> str:
+    return grid(
+        "",
+        (
+            (label(each.condition), rtt(each.condition), speedup_cell(group, each))
+            for group, each in _greedy_unlimited(result)
+            if each.condition.overrides in overrides
+        ),
+    )
+
+
+def _greedy_unlimited(result: Result) -> Iterable[tuple[GroupResult, ConditionResult]]:
+    return result.find(lambda each: each.temperature == 0.0 and each.kbit_s is None)
+
+
+def first_tokens(result: Result) -> str:
+    """Time to first token, ms, by RTT."""
+    return grid(
+        "TTFT, ms",
+        (
+            (
+                label(each.condition),
+                rtt(each.condition),
+                f"{_median(each, lambda record: record.ttft_s * 1e3):.0f}",
+            )
+            for _, each in _greedy_unlimited(result)
+            if not each.condition.overrides
+        ),
+    )
 
 
 def control_shares(result: Result) -> str:
     """The adaptive length's speed as a share of the best fixed one's, on the same prompts."""
-    cells: dict[str, dict[float, str]] = {}
+    return grid("", _control_shares(result))
+
+
+def _control_shares(result: Result) -> Iterator[tuple[str, str, str]]:
     for group in result.groups:
-        rtt_ms = group.baseline.condition.rtt_ms
+        column = rtt(group.baseline.condition)
         for draft in DRAFTS:
             speeds = {
                 each.condition.overrides: each.speeds()
@@ -105,30 +154,19 @@ def control_shares(result: Result) -> str:
                 if each.condition.draft == draft and each.complete
             }
             adaptive = speeds.get(ADAPTIVE, {})
-            lengths = {key: speeds[key] for key in map(fixed, range(1, 9)) if key in speeds}
+            lengths = {length: speeds[length] for length in LENGTHS if length in speeds}
             prompts = set(adaptive).intersection(*lengths.values())
             if len(prompts) < 2 or not lengths:
                 continue
             best = best_length(lengths, prompts)
             share = spread([adaptive[key] / lengths[best][key] for key in prompts]).median
-            row = cells.setdefault(f"{draft}, best in hindsight", {})
-            row[rtt_ms] = f"{share:.0%} of n = {dict(best)['draft_length']}"
+            in_hindsight = f"{share:.0%} of n = {dict(best)['draft_length']}"
+            yield f"{draft}, best in hindsight", column, in_hindsight
             shares = [
                 adaptive[key] / lengths[best_length(lengths, prompts - {key})][key]
                 for key in prompts
             ]
-            row = cells.setdefault(f"{draft}, best on the other prompts", {})
-            row[rtt_ms] = f"{spread(shares).median:.0%}"
-    return _rtt_table("", cells)
-
-
-def _rtt_table(corner: str, cells: Mapping[str, Mapping[float, str]]) -> str:
-    """A row for each name, a column for each RTT."""
-    rtts_ms = sorted({rtt_ms for row in cells.values() for rtt_ms in row})
-    head = [corner, *(f"RTT {rtt_ms:g} ms" for rtt_ms in rtts_ms)]
-    return table(
-        head, ([name, *(row.get(rtt_ms, "") for rtt_ms in rtts_ms)] for name, row in cells.items())
-    )
+            yield f"{draft}, best on the other prompts", column, f"{spread(shares).median:.0%}"
 
 
 def best_length(speeds: Mapping[Overrides, Mapping[str, float]], prompts: set[str]) -> Overrides:
@@ -141,69 +179,32 @@ def best_length(speeds: Mapping[Overrides, Mapping[str, float]], prompts: set[st
     return max(speeds, key=lambda length: geometric_mean(speeds[length][key] for key in prompts))
 
 
-def _over_rtts(
-    result: Result, wanted: Callable[[Condition], bool], name: Callable[[Condition], str]
-) -> str:
-    cells: dict[str, dict[float, str]] = {}
-    for group, each in _greedy_unlimited(result):
-        if wanted(each.condition):
-            row = cells.setdefault(name(each.condition), {})
-            row[each.condition.rtt_ms] = speedup_cell(group, each)
-    return _rtt_table("", cells)
-
-
-def _greedy_unlimited(result: Result) -> Iterable[tuple[GroupResult, ConditionResult]]:
-    return result.find(lambda each: each.temperature == 0.0 and each.kbit_s is None)
-
-
-def first_tokens(result: Result) -> str:
-    """Time to first token, ms, by RTT."""
-    cells: dict[str, dict[float, str]] = {}
-    for _, each in _greedy_unlimited(result):
-        if not each.condition.overrides:
-            ttft = each.spread(lambda record: record.ttft_s * 1e3)
-            cells.setdefault(label(each.condition), {})[each.condition.rtt_ms] = (
-                f"{ttft.median:.0f}"
-            )
-    return _rtt_table("TTFT, ms", cells)
-
-
 def draft_lengths(result: Result) -> str:
     """The sweep of n beside the paper's."""
     rows = []
     for length in range(1, 9):
         found = {
-            each.condition.draft: (group, each)
+            each.condition.draft: (speedup_cell(group, each), f"{_accepted(each):.2f}")
             for group, each in sweep(result)
             if each.condition.overrides == fixed(length)
         }
-        if not found:
-            continue
-        cells = [str(length)]
-        for draft in DRAFTS:
-            group_and_result = found.get(draft)
-            if group_and_result is None:
-                cells += ["", ""]
-                continue
-            group, each = group_and_result
-            cells += [speedup_cell(group, each), f"{_accepted(each):.2f}"]
-        paper_rate, accepted = (
-            paper.DRAFT_LENGTH.get(length),
-            paper.DRAFT_LENGTH_ACCEPTED.get(length),
-        )
-        cells += [f"{paper_rate:.2f}" if paper_rate else "", f"{accepted:.2f}" if accepted else ""]
-        rows.append(cells)
+        if found:
+            ours = [cell for draft in DRAFTS for cell in found.get(draft, ("", ""))]
+            theirs = [
+                f"{values[length]:.2f}" if length in values else ""
+                for values in (paper.DRAFT_LENGTH, paper.DRAFT_LENGTH_ACCEPTED)
+            ]
+            rows.append([str(length), *ours, *theirs])
     head = ["n", *(f"{draft}{what}" for draft in DRAFTS for what in ("", ", accepted a verdict"))]
     return table([*head, "paper, tokens/s", "paper, accepted a round"], rows)
 
 
 def sweep(result: Result) -> list[tuple[GroupResult, ConditionResult]]:
     """Fixed draft lengths at the RTT where most of them were measured."""
-    lengths = [fixed(length) for length in range(1, 9)]
     found = [
         (group, each)
         for group, each in _greedy_unlimited(result)
-        if each.condition.overrides in lengths
+        if each.condition.overrides in LENGTHS
     ]
     rtts_ms = [each.condition.rtt_ms for _, each in found]
     return [pair for pair in found if pair[1].condition.rtt_ms == max(rtts_ms, key=rtts_ms.count)]
@@ -217,9 +218,7 @@ def ablation(result: Result) -> str:
     """Each switch off, beside what the same switch cost in the paper."""
     rows = []
     for group, each, relative in ablated(result):
-        system = each.condition.system
-        theirs = [paper.ABLATION[load].get(system.value) for load in paper.ABLATION]
-        full = [paper.ABLATION[load]["picospec"] for load in paper.ABLATION]
+        system = each.condition.system.value
         rows.append(
             [
                 label(each.condition),
@@ -232,8 +231,10 @@ def ablation(result: Result) -> str:
                 f"{_median(each, lambda record: record.queue_us / 1e3):.1f}",
                 f"{_restart_ms(each):.1f}",
                 *(
-                    "" if row is None else f"{row.tokens_per_s / whole.tokens_per_s:.2f}"
-                    for row, whole in zip(theirs, full, strict=True)
+                    f"{theirs[system].tokens_per_s / theirs['picospec'].tokens_per_s:.2f}"
+                    if system in theirs
+                    else ""
+                    for theirs in paper.ABLATION.values()
                 ),
             ]
         )
@@ -277,51 +278,38 @@ def ablated(result: Result) -> list[tuple[GroupResult, ConditionResult, float]]:
 
 def traffic(result: Result) -> str:
     """Bytes: a round up, a rejection down, and all that crosses the line."""
-    rows = []
-    for group, each in result.find(lambda each: each.draft is not None and each.rtt_ms == 20.0):
-        condition = each.condition
-        length = int(condition.speculation.get("draft_length", 4))
-        if condition.system is System.EDGE_ONLY or condition.overrides not in (
-            (),
-            fixed(4),
-            TOP_10,
-        ):
-            continue
-        rows.append(
-            [
-                f"{label(condition)} ({group.name})",
-                f"{length * _share(each, 'draft_bytes', 'drafts_sent'):.0f}",
-                f"{_share(each, 'rejection_bytes', 'rejections'):.0f}",
-                *(f"{_a_token(each, name):.0f}" for name in ("payload_up", "payload_down")),
-                *(f"{_a_token(each, name):.0f}" for name in ("wire_up", "wire_down")),
-            ]
-        )
-    head = ["", "a round up", "a rejection down", "payload a token up", "down"]
-    rows_and_paper = [
-        *rows,
+    rows = [
         [
-            "the paper",
-            f"under {paper.ROUND_UP_BYTES_MAX}",
-            f"under {paper.REJECTION_DOWN_BYTES_MAX}",
-            *[""] * 4,
-        ],
+            f"{label(each.condition)} ({group.name})",
+            f"{ROUND * _share(each, 'draft_bytes', 'drafts_sent'):.0f}",
+            f"{_share(each, 'rejection_bytes', 'rejections'):.0f}",
+            *(
+                f"{_per_token(each, name):.0f}"
+                for name in ("payload_up", "payload_down", "wire_up", "wire_down")
+            ),
+        ]
+        for group, each in result.find(lambda each: each.draft is not None and each.rtt_ms == 20.0)
+        if each.condition.system is not System.EDGE_ONLY
+        and each.condition.overrides in ((), fixed(ROUND), TOP_10)
     ]
-    return table([*head, "on the wire a token up", "down"], rows_and_paper) if rows else ""
+    if not rows:
+        return ""
+    theirs = [f"under {paper.ROUND_UP_BYTES_MAX}", f"under {paper.REJECTION_DOWN_BYTES_MAX}"]
+    head = ["", "a round up", "a rejection down", "payload a token up", "down"]
+    head += ["on the wire a token up", "down"]
+    return table(head, [*rows, ["the paper", *theirs, *[""] * 4]])
 
 
 def links(result: Result, column: Column, settings: set[Setting], cell: Cell) -> str:
     """A row for each system as it comes; used for bandwidths and for temperatures."""
-    cells: dict[str, dict[str, str]] = {}
-    columns: list[str] = []
-    for group, each in result.find(lambda each: not each.overrides):
-        if each.condition.link not in settings:
-            continue
-        name = column(each.condition)
-        if name not in columns:
-            columns.append(name)
-        cells.setdefault(label(each.condition), {})[name] = cell(group, each)
-    rows = ([row, *(cells[row].get(name, "") for name in columns)] for row in cells)
-    return table(["", *columns], rows)
+    return grid(
+        "",
+        (
+            (label(each.condition), column(each.condition), cell(group, each))
+            for group, each in result.find(lambda each: not each.overrides)
+            if each.condition.link in settings
+        ),
+    )
 
 
 def costs(result: Result) -> str:
@@ -393,5 +381,5 @@ def _share(result: ConditionResult, part: str, whole: str) -> float:
     return sum(getattr(record, part) for record in result.complete) / total if total else 0.0
 
 
-def _a_token(result: ConditionResult, name: str) -> float:
+def _per_token(result: ConditionResult, name: str) -> float:
     return _median(result, lambda record: getattr(record, name) / max(1, len(record.token_ids)))

@@ -72,10 +72,10 @@ async def test_a_metered_link_keeps_every_frame_and_counts_it() -> None:
     assert stream.bytes_up == scripted.streams[0].bytes_up
 
     seen = traffic(link.sent, link.received)
-    assert seen.num_drafts_sent == 4  # the forced token is none
+    assert seen.drafts_sent == 4  # the forced token is none
     encoder = codec.EdgeEncoder()
     assert seen.draft_bytes == sum(len(encoder.to_bytes(each)) for each in (first, second))
-    assert (seen.verdicts, seen.num_judged, seen.num_accepted, seen.rejections) == (2, 4, 3, 1)
+    assert (seen.verdicts, seen.drafted, seen.accepted, seen.rejections) == (2, 4, 3, 1)
     assert seen.misses == 1
     assert seen.outcomes == "+++-"
     assert link.first_draft_s == 0.0  # the stream's first frame
