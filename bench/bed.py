@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -35,7 +34,7 @@ from picospec.errors import CloudUnavailable
 from picospec.performance.costs import VerifyCost
 from picospec.protocol.messages import ModelCard
 from picospec_cli.model_folder import model_home
-from picospec_cli.processes import Daemon, stop
+from picospec_cli.processes import Daemon, free_ports, stop
 
 START_TIMEOUT_S = 600.0  # compiling takes minutes the first time
 LINK_TIMEOUT_S = 300.0  # a whole distribution may be ahead of us on a slow link
@@ -106,13 +105,13 @@ async def laid_out(drafts: Sequence[str], logs: Path, *, eager: bool) -> AsyncIt
     """
     settings = {**EQUAL_SETTINGS, "enforce_eager": eager}
     async with contextlib.AsyncExitStack() as stack:
-        cloud_port, stock_port = _free_port(), _free_port()
+        cloud_port, stock_port = free_ports(2)
         cloud_daemon, stock_daemon = (
-            _daemon(stack, "cloud_server", _cloud_flags(cloud_port, settings), logs),
-            _daemon(stack, "bench.stock.server", _stock_arguments(stock_port, settings), logs),
+            daemon(stack, "cloud_server", _cloud_flags(cloud_port, settings), logs),
+            daemon(stack, "bench.stock.server", _stock_arguments(stock_port, settings), logs),
         )
         stack.enter_context(pinned(edge_core()))  # the cloud's processes have their core by now
-        drafting = {draft: await _drafter(stack, draft) for draft in drafts}
+        drafting = {draft: await stack.enter_async_context(drafter(draft)) for draft in drafts}
         stock_relay, cloud_relay = [await _relay(stack, port) for port in (stock_port, cloud_port)]
         cloud = CloudLink(f"127.0.0.1:{cloud_relay.port}", connect_timeout_s=LINK_TIMEOUT_S)
         stack.push_async_callback(cloud.close)
@@ -123,7 +122,7 @@ async def laid_out(drafts: Sequence[str], logs: Path, *, eager: bool) -> AsyncIt
         bed = Bed(
             link=MeteredLink(cloud),
             cloud=cloud,
-            card=await _card(cloud, cloud_daemon),
+            card=await served(cloud, cloud_daemon),
             stock=stock,
             cloud_relay=cloud_relay,
             stock_relay=stock_relay,
@@ -159,20 +158,29 @@ def _stock_arguments(port: int, settings: dict[str, Any]) -> list[str]:
     return [str(model_home() / "target"), str(port), *pairs]
 
 
-def _daemon(
-    stack: contextlib.AsyncExitStack, module: str, arguments: list[str], logs: Path
+def daemon(
+    stack: contextlib.AsyncExitStack, module: str, arguments: Sequence[str], logs: Path
 ) -> Daemon:
-    daemon = Daemon(module, arguments, logs / f"{module}.log", {cloud_core()})
-    stack.push_async_callback(asyncio.to_thread, stop, [daemon])
-    return daemon
+    """A server on the cloud's core, stopped with `stack`."""
+    started = Daemon(module, arguments, logs / f"{module}.log", {cloud_core()})
+    stack.push_async_callback(asyncio.to_thread, stop, [started])
+    return started
 
 
-async def _drafter(stack: contextlib.AsyncExitStack, draft: str) -> DraftingProcess:
+def drafter_spec(draft: str) -> DrafterSpec:
+    """One of the prepared draft models, on the edge's core."""
     folder = model_home() / f"draft-{draft}"
-    drafting = DraftingProcess(DrafterSpec("onnx", str(folder), threads=1, cpu=edge_core()), 2)
+    return DrafterSpec("onnx", str(folder), threads=1, cpu=edge_core())
+
+
+@asynccontextmanager
+async def drafter(draft: str) -> AsyncIterator[DraftingProcess]:
+    drafting = DraftingProcess(drafter_spec(draft), 2)
     await drafting.start()
-    stack.push_async_callback(drafting.stop)
-    return drafting
+    try:
+        yield drafting
+    finally:
+        await drafting.stop()
 
 
 async def _relay(stack: contextlib.AsyncExitStack, port: int) -> WanProcess:
@@ -195,7 +203,8 @@ async def _listening(port: int, daemon: Daemon) -> None:
                 return
 
 
-async def _card(cloud: CloudLink, daemon: Daemon) -> ModelCard:
+async def served(cloud: CloudLink, daemon: Daemon) -> ModelCard:
+    """Wait until `daemon` serves its model; raises CommandFailed if it ends before."""
     while True:
         try:
             return await cloud.get_model()
@@ -213,9 +222,3 @@ async def _check_idle(daemons: Sequence[Daemon]) -> None:
         share = (cpu_time_s(daemon.pid) - then_s) / IDLE_WINDOW_S
         if share > IDLE_SHARE_MAX:
             raise RuntimeError(f"{daemon.name} uses {share:.0%} of a core while it waits")
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port

@@ -4,7 +4,7 @@
             own torch profiler says which kernels ran, the engine's counters what was beside them
     token   the drafter's, in this process: the forward, the copy of its logits, the law, the draw
 
-The cloud computes on the first core, the drafter on the last, one after the other. The profiler
+The cloud computes on the first core, the drafter on the last, one after the other. A profiler
 slows small operations: shares are to be compared, totals are told without it.
 """
 
@@ -12,28 +12,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import cProfile
 import json
-import statistics
+import pstats
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.machine import cloud_core, description, edge_core, pinned
-from bench.overhead.cloud import PROMPT, decode
+from bench.bed import drafter_spec
+from bench.machine import description, edge_core, pinned
+from bench.overhead.cloud import DRAFTS, PROMPT, decode, medians, running_engine
 from bench.stock.server import EQUAL_SETTINGS
 from edge_agent.drafting import drafter
-from edge_agent.drafting.messages import ContextSpec, DrafterSpec
+from edge_agent.drafting.messages import ContextSpec, DraftEvent, OpenContext
 from edge_agent.drafting.worker import DraftWorker
+from picospec.protocol.drafting import Drafted
 from picospec.protocol.messages import SamplingParams, VerificationMode
-from picospec.sampling import distribution as edge_sampling
-from picospec_cli.model_folder import model_home
 
-DRAFTS = 4
 STEP_TOKENS = 65  # so that rounds of four and a bonus token come out even
 TOKENS = 200
 Result = dict[str, Any]
@@ -47,13 +47,17 @@ KINDS = {
     "choosing tokens": ("argmax", "softmax", "max", "sort", "topk"),
 }
 OTHER = "everything else"
+# What a drafted token is spent on, by the file ("~": compiled code) and name of the function.
+PARTS = {
+    ("~", "append_tokens"): "forward",
+    ("~", "get_logits"): "copy of the logits",
+    ("distribution.py", "process"): "law",
+    ("distribution.py", "draw"): "draw",
+}
 
 
 async def profile_steps(repeats: int) -> dict[str, Result]:
     """By drafts a step: milliseconds a step of each kind, profiled, and of the whole, not."""
-    from cloud_server.config import EngineConfig
-    from cloud_server.engine.client import VLLMEngine
-
     with tempfile.TemporaryDirectory() as folder:
         profiler = {
             "profiler": "torch",
@@ -62,36 +66,26 @@ async def profile_steps(repeats: int) -> dict[str, Result]:
             "torch_profiler_use_gzip": False,
             "ignore_frontend": True,
         }
-        arguments = {**EQUAL_SETTINGS, "profiler_config": profiler}
-        target = str(model_home() / "target")
-        engine = VLLMEngine(
-            EngineConfig(model=target, max_draft_tokens=DRAFTS, args=arguments),
-        )
-        with pinned(cloud_core()):
-            await engine.start()
-        try:
+        async with running_engine({**EQUAL_SETTINGS, "profiler_config": profiler}) as engine:
             return {
                 name: await _profile_step(engine, drafts, repeats, Path(folder))
                 for name, drafts in (("0", False), (str(DRAFTS), True))
             }
-        finally:
-            await engine.shutdown()
 
 
 async def _profile_step(engine: Any, with_drafts: bool, repeats: int, folder: Path) -> Result:
     _, text = await decode(engine, STEP_TOKENS, [])
     drafts = text if with_drafts else []
-    rows = [(await decode(engine, STEP_TOKENS, drafts))[0] for _ in range(repeats)]
-    totals = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    totals = medians([(await decode(engine, STEP_TOKENS, drafts))[0] for _ in range(repeats)])
     before = _traces(folder)
     await engine.profile(start=True)
     profiled, _ = await decode(engine, STEP_TOKENS, drafts)
     await engine.profile(start=False)
     [trace] = _traces(folder) - before
     times_us = self_times_us(await asyncio.to_thread(_events, trace))
-    kinds: Counter[str] = Counter()
+    kinds: defaultdict[str, float] = defaultdict(float)
     for name, spent_us in times_us.items():
-        kinds[kind_of(name)] += spent_us / 1e3 / profiled["steps"]  # type: ignore[assignment]
+        kinds[kind_of(name)] += spent_us / 1e3 / profiled["steps"]
     return {"ms": totals, "profiled_ms": dict(kinds), "top": _most(times_us, profiled["steps"])}
 
 
@@ -142,37 +136,35 @@ def _most(times_us: dict[str, float], steps: float) -> dict[str, float]:
 
 
 def profile_token(draft: str, temperature: float) -> Result:
-    """Milliseconds a drafted token, split mode, by what it is spent on."""
-    spent: Counter[str] = Counter()
-    loaded: Any = drafter.load(
-        DrafterSpec("onnx", str(model_home() / f"draft-{draft}"), threads=1, cpu=edge_core())
-    )
-    worker = DraftWorker(loaded, lambda context_id, event: None)
+    """Milliseconds a drafted token, split mode: the whole, and under the profiler its parts."""
+    drafted: list[Drafted] = []
+
+    def emit(context_id: int, event: DraftEvent) -> None:
+        if isinstance(event, Drafted):
+            drafted.append(event)
+
+    loaded: Any = drafter.load(drafter_spec(draft))
+    worker = DraftWorker(loaded, emit)
     worker.handle(0, _opening(temperature))
-    while len(worker._contexts[0].text) < len(PROMPT) + 8:
+    while len(drafted) < 8:
         worker.step()
-    runtime = worker._contexts[0].text._runtime  # type: ignore[attr-defined]
-    generator = runtime._generator
-    runtime._generator = _Timed(
-        generator, spent, {"append_tokens": "forward", "get_logits": "copy of the logits"}
-    )
-    process, draw = edge_sampling.process, edge_sampling.draw
-    edge_sampling.process = _timed(process, spent, "law")
-    edge_sampling.draw = _timed(draw, spent, "draw")
-    try:
-        started_s = time.perf_counter()
+    started_s = time.perf_counter()
+    for _ in range(TOKENS):
+        worker.step()
+    spent_s = defaultdict(float, whole=time.perf_counter() - started_s)
+    with cProfile.Profile() as profile:
         for _ in range(TOKENS):
             worker.step()
-        spent["whole"] = time.perf_counter() - started_s  # type: ignore[assignment]
-    finally:
-        edge_sampling.process, edge_sampling.draw = process, draw
-    return {name: 1e3 * seconds / TOKENS for name, seconds in spent.items()}
+    stats: Any = pstats.Stats(profile)
+    for (file, _, function), (_, _, _, cumulative_s, _) in stats.stats.items():
+        for (home, name), part in PARTS.items():
+            if Path(file).name == home and name in function:
+                spent_s[part] += cumulative_s
+    return {name: 1e3 * seconds / TOKENS for name, seconds in spent_s.items()}
 
 
-def _opening(temperature: float) -> Any:
-    from edge_agent.drafting.messages import OpenContext
-
-    length = len(PROMPT)
+def _opening(temperature: float) -> OpenContext:
+    length, room = len(PROMPT), 2 * TOKENS + 16
     spec = ContextSpec(
         request_id="profile",
         token_ids=np.array(PROMPT, np.int32),
@@ -180,34 +172,10 @@ def _opening(temperature: float) -> Any:
         mode=VerificationMode.SPLIT,
         stop_token_ids=(),
         prompt_length=length,
-        max_length=length + TOKENS + 16,
+        max_length=length + room,
         logits_width=0,
     )
-    return OpenContext(spec, -1, limit=length + TOKENS + 16)
-
-
-class _Timed:
-    """A generator whose calls are timed."""
-
-    def __init__(self, inner: Any, spent: Counter[str], names: dict[str, str]) -> None:
-        self._inner = inner
-        self._calls = {
-            method: _timed(getattr(inner, method), spent, name) for method, name in names.items()
-        }
-
-    def __getattr__(self, name: str) -> Any:
-        return self._calls.get(name) or getattr(self._inner, name)
-
-
-def _timed(call: Callable[..., Any], spent: Counter[str], name: str) -> Callable[..., Any]:
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        started_s = time.perf_counter()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            spent[name] += time.perf_counter() - started_s  # type: ignore[assignment]
-
-    return timed
+    return OpenContext(spec, -1, limit=length + room)
 
 
 def _print(result: Result) -> None:

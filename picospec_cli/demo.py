@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,10 +20,9 @@ from picospec_cli.chat import Conversation, add_answer_arguments, answer_paramet
 from picospec_cli.chat_client import ChatClient, configured_api_key
 from picospec_cli.console import CommandFailed, is_interactive, say, step
 from picospec_cli.model_folder import model_home
-from picospec_cli.processes import Daemon, divided_cores, stop
+from picospec_cli.processes import HOST, Daemon, divided_cores, free_ports, stop
 
 PROMPT = "Why is the sky blue? Answer in three sentences."
-HOST = "127.0.0.1"
 SERVE_PORTS = (8080, 50051, 9400)
 
 _POLL_INTERVAL_S = 0.25
@@ -83,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     prepare.prepare_defaults([arguments.draft])
-    edge_port, cloud_port, metrics_port = SERVE_PORTS if arguments.serve else _free_ports(3)
+    edge_port, cloud_port, metrics_port = SERVE_PORTS if arguments.serve else free_ports(3)
     home = model_home()
     plan = Plan(
         target=home / prepare.TARGET,
@@ -186,12 +184,3 @@ def _why_not_ready(health: dict[str, Any]) -> str:
     if not health.get("cloud", {}).get("reachable"):
         return "the cloud server is loading the target (compiling it, the first time)"
     return str(health.get("problem"))
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports free at this moment; all are held until all are found, so they differ."""
-    sockets = [socket.create_server((HOST, 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from picospec_cli.console import CommandFailed, say, tail
 
+HOST = "127.0.0.1"
 STOP_GRACE_S = 20.0
 
 _PR_SET_PDEATHSIG = 1
@@ -44,6 +46,15 @@ def divided_cores() -> tuple[set[int], set[int]]:
     """
     cores = sorted(os.sched_getaffinity(0))
     return (set(cores[:-1]), {cores[-1]}) if len(cores) > 1 else (set(), set())
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports free at this moment; all are held until all are found, so they differ."""
+    sockets = [socket.create_server((HOST, 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 class Daemon:

@@ -16,44 +16,35 @@ import argparse
 import asyncio
 import json
 import tempfile
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from bench.machine import cloud_core, description, edge_core, pinned
+from bench.bed import daemon, served
+from bench.machine import description, edge_core, pinned
 from bench.overhead.cloud import measure_delivery, measure_engine
 from bench.overhead.codec import measure_codec
 from bench.overhead.edge import measure_bytes, measure_pipeline
 from edge_agent.link import CloudLink
-from picospec.errors import CloudUnavailable
-from picospec_cli.processes import Daemon, stop
+from picospec_cli.processes import free_ports
 
 Result = dict[str, Any]
 
 
 async def _with_cloud(quick: bool) -> tuple[Result, list[Result]]:
     """What needs the cloud's daemon, on a core of its own."""
-    port = 50951
+    [port] = free_ports(1)
     flags = ["--server.port", str(port), "--metrics.enabled", "false", "--server.grace_s", "1"]
     flags += ["--engine.args.enforce_eager", "true", "--engine.args.max_model_len", "1024"]
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "cloud.log"
-        daemon = Daemon("cloud_server", flags, log, {cloud_core()})
-        link = CloudLink(f"127.0.0.1:{port}")
-        try:
-            while True:
-                daemon.check_alive()
-                try:
-                    await link.get_model()
-                    break
-                except CloudUnavailable:
-                    await asyncio.sleep(0.5)
+        async with AsyncExitStack() as stack:
+            cloud = daemon(stack, "cloud_server", flags, Path(folder))
+            link = CloudLink(f"127.0.0.1:{port}")
+            stack.push_async_callback(link.close)
+            await served(link, cloud)
             with pinned(edge_core()):
                 delivery = await measure_delivery(link, 40 if quick else 200)
-                sizes = await measure_bytes(f"127.0.0.1:{port}", 24 if quick else 64)
-        finally:
-            await link.close()
-            await asyncio.to_thread(stop, [daemon])
-    return delivery, sizes
+                return delivery, await measure_bytes(port, 24 if quick else 64)
 
 
 def _print(result: Result) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +24,10 @@ from picospec.protocol.messages import (
 )
 from picospec_cli.model_folder import model_home
 
+if TYPE_CHECKING:
+    from cloud_server.engine.client import VLLMEngine
+
+DRAFTS = 4
 PROMPT = [1, 4093, 198, 4093, 314, 260, 6376, 4461, 47, 2, 198, 1, 520, 9531, 198]
 GREEDY = SamplingParams(temperature=0.0)
 COUPLED = VerificationMode.COUPLED
@@ -31,37 +37,39 @@ Result = dict[str, Any]
 async def measure_engine(repeats: int, num_tokens: int) -> Result:
     """Milliseconds a step spends outside forward and sampling, decoding alone (k = 0) and with
     four correct drafts a step (k = 4); `loop` includes vLLM's loop around the step."""
-    from cloud_server.config import EngineConfig
-    from cloud_server.engine.client import VLLMEngine
-
-    engine = VLLMEngine(
-        EngineConfig(
-            model=str(model_home() / "target"),
-            max_draft_tokens=4,
-            args={"enforce_eager": True, "max_model_len": 1024},
-        )
-    )
-    with pinned(cloud_core()):
-        await engine.start()
     rows: dict[str, list[dict[str, float]]] = {"k=0": [], "k=4": []}
-    try:
-        text: list[int] = []
+    async with running_engine({"enforce_eager": True, "max_model_len": 1024}) as engine:
         for _ in range(repeats):
             row, text = await decode(engine, num_tokens, [])
             rows["k=0"].append(row)
             row, same = await decode(engine, num_tokens, text)
             assert same == text, "the drafts changed the text"
             rows["k=4"].append(row)
+    return {name: medians(group) for name, group in rows.items()}
+
+
+@asynccontextmanager
+async def running_engine(arguments: dict[str, Any]) -> AsyncIterator[VLLMEngine]:
+    """The target on the cloud's core, for `DRAFTS` drafts a step. `arguments` are vLLM's."""
+    from cloud_server.config import EngineConfig
+    from cloud_server.engine.client import VLLMEngine
+
+    target = str(model_home() / "target")
+    engine = VLLMEngine(EngineConfig(model=target, max_draft_tokens=DRAFTS, args=arguments))
+    with pinned(cloud_core()):
+        await engine.start()
+    try:
+        yield engine
     finally:
         await engine.shutdown()
-    return {
-        name: {key: statistics.median(row[key] for row in group) for key in group[0]}
-        for name, group in rows.items()
-    }
+
+
+def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
 async def decode(
-    engine: Any, num_tokens: int, drafts: list[int]
+    engine: VLLMEngine, num_tokens: int, drafts: list[int]
 ) -> tuple[dict[str, float], list[int]]:
     """One generation, by the engine alone or over `drafts`, all of which are delivered at once."""
     events: asyncio.Queue[Any] = asyncio.Queue()

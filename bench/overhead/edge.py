@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from bench.bed import drafter
 from bench.machine import edge_core, pinned
 from bench.overhead.accepting_link import AcceptingLink
 from bench.overhead.cloud import PROMPT
 from bench.wan import LineConditions, WanRelay
-from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.generation import GenerationRequest, Generator
-from edge_agent.link import CloudLink, Link
+from edge_agent.link import CloudLink
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
-from picospec.protocol.messages import ModelCard, SamplingParams, VerificationMode
+from picospec.protocol.messages import SamplingParams, VerificationMode
 from picospec_cli.model_folder import model_home
+from picospec_cli.processes import HOST
 
 SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 DRAFT_LENGTHS = (1, 4, 8)
@@ -61,27 +62,25 @@ async def measure_pipeline(repeats: int, num_tokens: int) -> Result:
     )
     assert bare.stdin is not None
     assert bare.stdout is not None
-    drafting = DraftingProcess(DrafterSpec("onnx", str(folder), threads=1, cpu=edge_core()), 2)
-    await drafting.start()
     rows: dict[str, list[float]] = {"bare": [], "split": [], "coupled": [], "greedy": []}
     try:
-        with pinned(edge_core()):
-            for _ in range(repeats):
-                bare.stdin.write(b"go\n")
-                rows["bare"].append(float(await bare.stdout.readline()))
-                for name, mode, temperature in (
-                    ("split", SPLIT, 1.0),
-                    ("coupled", COUPLED, 1.0),
-                    ("greedy", SPLIT, 0.0),
-                ):
-                    sampling = SamplingParams(temperature=temperature, seed=1)
-                    link = AcceptingLink(mode)
-                    spent_s = await _draft_freely(link, drafting, mode, sampling, num_tokens)
-                    rows[name].append(spent_s / num_tokens * 1e3)
+        async with drafter("int4") as drafting:
+            with pinned(edge_core()):
+                for _ in range(repeats):
+                    bare.stdin.write(b"go\n")
+                    rows["bare"].append(float(await bare.stdout.readline()))
+                    for name, mode, temperature in (
+                        ("split", SPLIT, 1.0),
+                        ("coupled", COUPLED, 1.0),
+                        ("greedy", SPLIT, 0.0),
+                    ):
+                        sampling = SamplingParams(temperature=temperature, seed=1)
+                        link = AcceptingLink(mode)
+                        spent_s = await _draft_freely(link, drafting, mode, sampling, num_tokens)
+                        rows[name].append(spent_s / num_tokens * 1e3)
     finally:
         bare.kill()
         await bare.wait()
-        await drafting.stop()
     medians = {name: statistics.median(values) for name, values in rows.items()}
     ratios = {f"{name}_over_bare": medians[name] / medians["bare"] for name in rows}
     return {"ms_per_token": medians, "ratio": ratios}
@@ -110,50 +109,40 @@ async def _draft_freely(
     return spent_s * num_tokens / max(1, seen)
 
 
-async def measure_bytes(address: str, num_tokens: int) -> list[Result]:
-    """Bytes for each output token each way: gRPC payloads, and all that crosses TCP."""
-    host, port = address.rsplit(":", 1)
-    folder = model_home() / "draft-int4"
-    drafting = DraftingProcess(DrafterSpec("onnx", str(folder), threads=1, cpu=edge_core()), 2)
-    async with WanRelay(host, int(port), LineConditions(), LineConditions()) as relay:
-        link = CloudLink(f"127.0.0.1:{relay.port}")
+async def measure_bytes(port: int, num_tokens: int) -> list[Result]:
+    """Bytes for each output token each way: gRPC payloads, and all that crosses TCP.
+
+    A row for each mode, form of verification and draft length.
+    """
+    async with (
+        WanRelay(HOST, port, LineConditions(), LineConditions()) as relay,
+        drafter("int4") as drafting,
+    ):
+        link = CloudLink(f"{HOST}:{relay.port}")
         try:
-            await drafting.start()
-            return await _count_each(relay, link, drafting, num_tokens)
+            card = await link.get_model()
+            policies = [
+                SpeculationPolicy(mode=mode, draft_length=draft_length, fast_verify=fast_verify)
+                for mode in (SPLIT, COUPLED)
+                for fast_verify in (True, False)
+                for draft_length in DRAFT_LENGTHS
+            ]
+            return [
+                await _count(
+                    relay,
+                    SpeculativeGenerator(link, drafting, lambda: card, policy),
+                    policy,
+                    num_tokens,
+                )
+                for policy in policies
+            ]
         finally:
-            await drafting.stop()
             await link.close()
 
 
-async def _count_each(
-    relay: WanRelay, link: CloudLink, drafting: DraftingProcess, num_tokens: int
-) -> list[Result]:
-    """A row for each mode, form of verification and draft length."""
-    card = await link.get_model()
-    return [
-        await _count(
-            relay,
-            link,
-            drafting,
-            card,
-            SpeculationPolicy(mode=mode, draft_length=draft_length, fast_verify=fast_verify),
-            num_tokens,
-        )
-        for mode in (SPLIT, COUPLED)
-        for fast_verify in (True, False)
-        for draft_length in DRAFT_LENGTHS
-    ]
-
-
 async def _count(
-    relay: WanRelay,
-    link: Link,
-    drafting: DraftingProcess,
-    card: ModelCard,
-    policy: SpeculationPolicy,
-    num_tokens: int,
+    relay: WanRelay, generator: Generator, policy: SpeculationPolicy, num_tokens: int
 ) -> Result:
-    generator: Generator = SpeculativeGenerator(link, drafting, lambda: card, policy)
     before = relay.bytes_up, relay.bytes_down
     generation = generator.generate(_request(SamplingParams(temperature=0.7, seed=3), num_tokens))
     async for _ in generation:
