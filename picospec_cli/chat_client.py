@@ -1,8 +1,7 @@
-"""A client of the edge agent's OpenAI API, with nothing but the standard library."""
+"""A client of the edge agent's OpenAI API."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import time
@@ -10,15 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+
+import httpx
 
 from picospec_cli.console import CommandFailed
 
 Message = dict[str, str]
 HEALTH_TIMEOUT_S = 3.0
 DEFAULT_URL = "http://127.0.0.1:8080"
-
-_LINE_BYTES_MAX = 1 << 20
 
 
 def configured_api_key() -> str:
@@ -66,30 +64,33 @@ class ChatClient:
     """Asks one edge agent. Every method raises CommandFailed with a sentence that says why not."""
 
     def __init__(self, url: str = DEFAULT_URL, api_key: str = "", timeout_s: float = 120.0) -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        address = httpx.URL(url if "//" in url else f"http://{url}")
+        if address.scheme not in ("http", "https") or not address.host:
             raise CommandFailed(f"{url} is not the address of an edge agent, {DEFAULT_URL} say")
-        self.url = f"{parts.scheme}://{parts.netloc}"
-        self._base_path = parts.path.rstrip("/").removesuffix("/v1")
-        self._netloc, self._secure = parts.netloc, parts.scheme == "https"
+        self.url = str(address).rstrip("/").removesuffix("/v1")
         self._timeout_s = timeout_s
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False
+        )
 
     def health(self) -> dict[str, Any]:
         """The body of /health, whatever its status; {} while nobody listens."""
-        with suppress(OSError, ValueError, http.client.HTTPException, CommandFailed):
-            _, body = self._get("/health", min(self._timeout_s, HEALTH_TIMEOUT_S))
-            return body
+        with suppress(httpx.HTTPError):
+            return _body_of(
+                self._http.get("/health", timeout=min(self._timeout_s, HEALTH_TIMEOUT_S))
+            )
         return {}
 
     def model(self) -> str:
         """The id of the model served."""
-        status, body = self._get("/v1/models", self._timeout_s)
-        if status != 200:
-            raise CommandFailed(_error_of(status, body))
-        return str(body["data"][0]["id"])
+        try:
+            response = self._http.get("/v1/models")
+        except httpx.HTTPError as error:
+            raise CommandFailed(f"no edge agent answers at {self.url}: {error}") from error
+        if not response.is_success:
+            raise CommandFailed(_error_of(response.status_code, _body_of(response)))
+        return str(response.json()["data"][0]["id"])
 
     def stream(
         self, messages: Sequence[Message], answer: Answer, **parameters: Any
@@ -101,53 +102,33 @@ class ChatClient:
         request = {"messages": list(messages), "stream": True, **parameters}
         request["stream_options"] = {"include_usage": True}
         started_s = time.monotonic()
-        connection = self._connect(self._timeout_s)
         try:
-            connection.request(
-                "POST", f"{self._base_path}/v1/chat/completions", json.dumps(request), self._headers
-            )
-            response = connection.getresponse()
-            if response.status != 200:
-                raise CommandFailed(_error_of(response.status, _body_of(response)))
-            for event in _events(response):
-                piece = _take(event, answer)
-                now_s = time.monotonic()
-                if piece:
-                    if not answer.text:
-                        answer.time_to_first_token_s = now_s - started_s
-                    answer.text += piece
-                    answer.duration_s = now_s - started_s - answer.time_to_first_token_s
-                    yield piece
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            with self._http.stream("POST", "/v1/chat/completions", json=request) as response:
+                if not response.is_success:
+                    response.read()
+                    raise CommandFailed(_error_of(response.status_code, _body_of(response)))
+                for event in _events(response.iter_lines()):
+                    piece = _take(event, answer)
+                    now_s = time.monotonic()
+                    if piece:
+                        if not answer.text:
+                            answer.time_to_first_token_s = now_s - started_s
+                        answer.text += piece
+                        answer.duration_s = now_s - started_s - answer.time_to_first_token_s
+                        yield piece
+        except (httpx.HTTPError, ValueError) as error:
             raise CommandFailed(f"the answer from {self.url} broke off: {error}") from error
-        finally:
-            connection.close()
-
-    def _connect(self, timeout_s: float) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        return kind(self._netloc, timeout=timeout_s)
-
-    def _get(self, path: str, timeout_s: float) -> tuple[int, dict[str, Any]]:
-        connection = self._connect(timeout_s)
-        try:
-            connection.request("GET", self._base_path + path, headers=self._headers)
-            response = connection.getresponse()
-            return response.status, _body_of(response)
-        except OSError as error:
-            raise CommandFailed(f"no edge agent answers at {self.url}: {error}") from error
-        finally:
-            connection.close()
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     """The server-sent events' JSON, up to `[DONE]`."""
-    while line := response.readline(_LINE_BYTES_MAX):
-        if line.startswith(b"data:"):
-            data = line[5:].strip()
-            if data == b"[DONE]":
+    for line in lines:
+        if line.startswith("data:"):
+            data = line.removeprefix("data:").strip()
+            if data == "[DONE]":
                 return
             yield json.loads(data)
-    raise http.client.HTTPException("the stream ended before it was done")
+    raise httpx.RemoteProtocolError("the stream ended before it was done")
 
 
 def _take(event: dict[str, Any], answer: Answer) -> str:
@@ -161,12 +142,11 @@ def _take(event: dict[str, Any], answer: Answer) -> str:
     return ""
 
 
-def _body_of(response: http.client.HTTPResponse) -> dict[str, Any]:
-    try:
-        body = json.loads(response.read(_LINE_BYTES_MAX))
-    except ValueError:
-        return {}
-    return body if isinstance(body, dict) else {}
+def _body_of(response: httpx.Response) -> dict[str, Any]:
+    with suppress(ValueError):
+        body = response.json()
+        return body if isinstance(body, dict) else {}
+    return {}
 
 
 def _error_of(status: int, body: dict[str, Any]) -> str:

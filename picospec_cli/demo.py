@@ -163,11 +163,11 @@ def _wait_until_ready(daemons: Sequence[Daemon], client: ChatClient, timeout_s: 
     started_s = time.monotonic()
     reported_s = started_s
     while True:
+        for daemon in daemons:
+            daemon.check_alive()
         health = client.health()
         if health.get("status") == "ok":
             return
-        for daemon in daemons:
-            daemon.check_alive()
         now_s = time.monotonic()
         problem = _why_not_ready(health)
         if now_s - started_s > timeout_s:
