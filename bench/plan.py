@@ -1,29 +1,27 @@
 """How long a suite will take, told before it starts, and kept to while it runs.
 
-The estimate is a rough closed form over design figures, not a prediction to be reported: what a
-step of the target and a draft take on a core of the machines this was written on. The runner
-compares it with what the groups really took and shortens those that are left (`affordable`).
+The estimate is the performance model's, over the costs that `picospec predict` has as defaults. The
+runner compares it with what the groups really took and shortens those that are left (`affordable`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.scenarios import Condition, Group, Suite, System
+from bench.systems import network_of, scheme_of
+from picospec.performance.costs import dense_rejection_bytes
+from picospec.performance.prediction import predicted_goodput
+from picospec_cli.predict import DEFAULT_COSTS, cases
 
 STARTUP_S = 75.0  # two engines one after the other, compiled before
 COST_CYCLE_S = 10.0
 SLOWNESS_S = 12.0  # of each group: how fast the machine is now
-PLAIN_MS = 42.0  # a token of the target, decoding alone
-VERIFY_MS = 45.5  # a verification, and what each draft in it adds
-VERIFY_MS_PER_DRAFT = 4.2
-DRAFT_MS = {"int4": 7.5, "int8": 13.2}
-ACCEPTANCE = {"int4": 0.66, "int8": 0.96}
 FIRST_TOKEN_MS = 400.0  # a prompt's prefill, on both sides
-DENSE_BYTES = 49152 * 4  # a whole distribution
-SPARSE_BYTES = 700
+LOGITS_WIDTH = 49152
 WARM_UP_TOKENS = 8
+COSTS = {case.name: case for case in cases(DEFAULT_COSTS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +65,16 @@ def generation_s(condition: Condition, num_tokens: int) -> float:
 
 def _ms_per_token(condition: Condition) -> float:
     if condition.draft is None:
-        return PLAIN_MS
-    draft_ms, alpha = DRAFT_MS[condition.draft], ACCEPTANCE[condition.draft]
+        return COSTS["int4"].costs.verify_ms(0)
+    case = COSTS[condition.draft]
     if condition.system is System.EDGE_ONLY:
-        return draft_ms
-    keys = condition.speculation
-    length = int(keys.get("draft_length", 4))
-    window = int(keys.get("window", 16))
-    dense = not keys.get("split_rejection", True)
-    verify_ms = VERIFY_MS + VERIFY_MS_PER_DRAFT * length
-    per_miss_ms = 0.0
-    if condition.kbit_s is not None:
-        per_miss_ms = (DENSE_BYTES if dense else SPARSE_BYTES) * 8 / condition.kbit_s
-    misses = 1 - alpha  # for each token, about
-    if not keys.get("parallel_draft", True):
-        num_tokens = (1 - alpha**length) / (1 - alpha)
-        round_ms = length * draft_ms + condition.rtt_ms + verify_ms
-        return round_ms / num_tokens + misses * per_miss_ms
-    streaming_ms = max(draft_ms, (condition.rtt_ms + verify_ms) / window)
-    miss_ms = condition.rtt_ms + draft_ms + verify_ms + per_miss_ms
-    ms = streaming_ms + misses * miss_ms
-    return min(ms, PLAIN_MS) if condition.system is System.NEVER_WAITING else ms
+        return case.costs.draft_ms
+    scheme = scheme_of(condition)
+    network = network_of(condition, condition.rtt_ms)
+    if not condition.speculation.get("split_rejection", True):
+        network = replace(network, rejection_bytes=dense_rejection_bytes(LOGITS_WIDTH))
+    ms = 1e3 / predicted_goodput(case.costs, scheme, network, case.alpha)
+    return min(ms, case.costs.verify_ms(0)) if condition.system is System.NEVER_WAITING else ms
 
 
 def affordable(

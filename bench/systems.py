@@ -25,6 +25,7 @@ from edge_agent.drafting.messages import ContextFailed, ContextSpec, DraftEvent
 from edge_agent.generation import GenerationRequest
 from edge_agent.pipeline import SpeculativeGenerator
 from edge_agent.server import control_of, policy_of
+from picospec.performance.costs import Network, Scheme
 from picospec.protocol.drafting import Allow, Drafted
 from picospec.protocol.messages import (
     EMPTY_TOKENS,
@@ -106,6 +107,24 @@ def configured(condition: Condition) -> edge_config.EdgeConfig:
     for key, value in condition.speculation.items():
         flags += [f"--speculation.{key}", str(value).lower()]
     return edge_config.read(flags, {})
+
+
+def scheme_of(condition: Condition) -> Scheme:
+    """What the performance model is told of a condition's speculation."""
+    speculation = configured(condition).speculation
+    return Scheme(
+        draft_length=speculation.draft_length,
+        window=speculation.window,
+        parallel_draft=speculation.parallel_draft,
+        fast_verify=speculation.fast_verify,
+        mode=speculation.mode,
+        kept_rows=speculation.fast_verify,
+    )
+
+
+def network_of(condition: Condition, rtt_ms: float) -> Network:
+    bandwidth_bps = None if condition.kbit_s is None else condition.kbit_s * 1e3
+    return Network(rtt_ms=rtt_ms, bandwidth_bps=bandwidth_bps)
 
 
 def sampling(condition: Condition, task: Task) -> SamplingParams:

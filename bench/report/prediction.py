@@ -19,10 +19,9 @@ from dataclasses import replace
 from bench.report.tables import Predict
 from bench.results import ConditionResult, Costs, GroupResult, Record, Result
 from bench.scenarios import System
-from bench.systems import configured
+from bench.systems import configured, network_of, scheme_of
 from picospec.performance import costs as model
 from picospec.performance.simulation import replay_s, simulate
-from picospec.protocol.messages import VerificationMode
 
 RUNS = 40  # of chance, for each measured generation
 # Decoding without drafts is no matter of this model (performance.cloud_only).
@@ -63,20 +62,8 @@ def predict(
     speculation = configured(condition).speculation
     if speculation.control != "fixed":
         return None  # its draft length is not known beforehand
-    split = speculation.mode is VerificationMode.SPLIT
-    scheme = model.Scheme(
-        draft_length=speculation.draft_length,
-        window=speculation.window,
-        parallel_draft=speculation.parallel_draft,
-        fast_verify=speculation.fast_verify,
-        mode=speculation.mode,
-        kept_rows=split and speculation.fast_verify,
-    )
-    link = model.Network(
-        rtt_ms=measured.round_trip_ms,
-        bandwidth_bps=None if condition.kbit_s is None else condition.kbit_s * 1e3,
-        **_sizes(measured),
-    )
+    scheme = scheme_of(condition)
+    network = replace(network_of(condition, measured.round_trip_ms), **_sizes(measured))
     slowness = group.slowness or {"alone": 1.0}
     recoveries_ms = costs.recover_ms.get(condition.draft, {})
     before = model.Costs(
@@ -93,7 +80,7 @@ def predict(
         return replace(before, draft_ms=record.draft_ms, verify_ms=verify_ms, contention=1.0)
 
     return statistics.median(
-        (len(record.token_ids) - 1) / play(costs_of(record), scheme, link, record)
+        (len(record.token_ids) - 1) / play(costs_of(record), scheme, network, record)
         for record in measured.complete
     )
 
