@@ -85,30 +85,29 @@ class StopScanner:
 
     The text ends at the first character that completes a stop string, and is cut where that
     string begins (the longest one, if several are completed). Text that may be the beginning
-    of a stop string is held back until it is known. One Knuth-Morris-Pratt automaton a string:
-    linear in the text.
+    of a stop string is held back until it is known.
 
         StopScanner(["END"]): feed("the E") -> "the ", feed("NDLESS") -> "", stopped
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._automata = [_Automaton(stop) for stop in stops]
+        self._stops = stops
         self._held = ""
         self.stopped = False
 
     def feed(self, delta: str) -> str:
         """The text now safe to show. After `stopped` there is no more."""
-        if not self._automata or self.stopped:
-            return "" if self.stopped else delta
+        if self.stopped:
+            return ""
         text = self._held + delta
-        for end, character in enumerate(delta, start=len(self._held) + 1):
-            completed = [stop.length for stop in self._automata if stop.advance(character)]
-            if completed:
-                self.stopped = True
-                self._held = ""
-                return text[: end - max(completed)]
-        num_held = max(stop.matched for stop in self._automata)
-        shown = len(text) - num_held
+        found = [
+            (begin + len(stop), begin) for stop in self._stops if (begin := text.find(stop)) >= 0
+        ]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        shown = min((_beginning(stop, text) for stop in self._stops), default=len(text))
         self._held = text[shown:]
         return text[:shown]
 
@@ -118,24 +117,9 @@ class StopScanner:
         return held
 
 
-class _Automaton:
-    """How much of `stop` the text so far ends with."""
-
-    def __init__(self, stop: str) -> None:
-        self.length = len(stop)
-        self.matched = 0
-        self._stop = stop
-        self._fallback = [0] * len(stop)  # longest proper border of stop[:i + 1]
-        border = 0
-        for index in range(1, len(stop)):
-            while border and stop[index] != stop[border]:
-                border = self._fallback[border - 1]
-            border += stop[index] == stop[border]
-            self._fallback[index] = border
-
-    def advance(self, character: str) -> bool:
-        """Whether `character` completes the stop string."""
-        while self.matched and self._stop[self.matched] != character:
-            self.matched = self._fallback[self.matched - 1]
-        self.matched += self._stop[self.matched] == character
-        return self.matched == self.length
+def _beginning(stop: str, text: str) -> int:
+    """Where an end of `text` begins that is a beginning of `stop`; its length if none does."""
+    begin = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while begin >= 0 and not stop.startswith(text[begin:]):
+        begin = text.find(stop[0], begin + 1)
+    return begin if begin >= 0 else len(text)
