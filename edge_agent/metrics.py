@@ -53,88 +53,61 @@ class EdgeMetrics:
         registry.register(_DrafterCollector(drafter))
         registry.register(_LoopCollector(open_streams))
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=registry)
+        def vllm(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"vllm:spec_decode_{name}", text, labels, registry=registry)
 
-        def histogram(
-            name: str, text: str, buckets: tuple[float, ...] = _STEP_BUCKETS
-        ) -> Histogram:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"picospec_edge_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"picospec_edge_{name}", text, registry=registry)
+
+        def seconds(name: str, text: str, buckets: tuple[float, ...] = _STEP_BUCKETS) -> Histogram:
+            name = f"picospec_edge_{name}_seconds"
             return Histogram(name, text, buckets=buckets, registry=registry)
 
-        self._num_drafts = counter(
-            "vllm:spec_decode_num_drafts", "Verification steps that judged drafts."
-        )
-        self._num_draft_tokens = counter(
-            "vllm:spec_decode_num_draft_tokens", "Draft tokens judged."
-        )
-        self._num_accepted_tokens = counter(
-            "vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted."
-        )
-        self._num_accepted_per_pos = counter(
-            "vllm:spec_decode_num_accepted_tokens_per_pos",
+        self._num_drafts = vllm("num_drafts", "Verification steps that judged drafts.")
+        self._num_draft_tokens = vllm("num_draft_tokens", "Draft tokens judged.")
+        self._num_accepted_tokens = vllm("num_accepted_tokens", "Draft tokens accepted.")
+        self._num_accepted_per_pos = vllm(
+            "num_accepted_tokens_per_pos",
             "Draft tokens accepted, by their position among the drafts of a step.",
             "position",
         )
-        self._drafted = counter(
-            "picospec_edge_drafted_tokens", "Tokens drafted, those never judged included."
-        )
-        self._rollbacks = counter("picospec_edge_rollbacks", "Chains given up after a rejection.")
-        self._stale = counter(
-            "picospec_edge_stale_tokens", "Draft tokens given up before they were judged."
-        )
+        self._drafted = counter("drafted_tokens", "Tokens drafted, those never judged included.")
+        self._rollbacks = counter("rollbacks", "Chains given up after a rejection.")
+        self._stale = counter("stale_tokens", "Draft tokens given up before they were judged.")
         self._resumes = counter(
-            "picospec_edge_resumes", "Times a generation was taken up again after the link broke."
+            "resumes", "Times a generation was taken up again after the link broke."
         )
-        self._bytes_up = counter(
-            "picospec_edge_bytes_up", "Bytes of gRPC messages sent to the cloud."
-        )
-        self._bytes_down = counter(
-            "picospec_edge_bytes_down", "Bytes of gRPC messages received from the cloud."
-        )
-        self._round_trip = histogram(
-            "picospec_edge_round_trip_seconds",
+        self._bytes_up = counter("bytes_up", "Bytes of gRPC messages sent to the cloud.")
+        self._bytes_down = counter("bytes_down", "Bytes of gRPC messages received from the cloud.")
+        self._round_trip = seconds(
+            "round_trip",
             "From sending drafts to their verdict, the cloud's queue and compute time left out.",
         )
-        self._queue = histogram(
-            "picospec_edge_verdict_queue_seconds", "How long judged drafts waited in the cloud."
-        )
-        self._compute = histogram(
-            "picospec_edge_verdict_compute_seconds", "The engine step that judged the drafts."
-        )
-        self._first_token = histogram(
-            "picospec_edge_time_to_first_token_seconds",
+        self._queue = seconds("verdict_queue", "How long judged drafts waited in the cloud.")
+        self._compute = seconds("verdict_compute", "The engine step that judged the drafts.")
+        self._first_token = seconds(
+            "time_to_first_token",
             "From the request's arrival to its first token.",
             _REQUEST_BUCKETS,
         )
-        self._inter_token = histogram(
-            "picospec_edge_inter_token_latency_seconds",
+        self._inter_token = seconds(
+            "inter_token_latency",
             "Time between output tokens; of tokens that came together each has its share.",
         )
-        self._request_time = histogram(
-            "picospec_edge_request_seconds",
-            "From the request's arrival to the end of its answer.",
-            _REQUEST_BUCKETS,
+        self._request_time = seconds(
+            "request", "From the request's arrival to the end of its answer.", _REQUEST_BUCKETS
         )
-        self._requests = counter(
-            "picospec_edge_requests", "Generation requests.", "endpoint", "outcome"
+        self._requests = counter("requests", "Generation requests.", "endpoint", "outcome")
+        self._generations = counter("generations", "Generations that ended.", "outcome")
+        self._active = gauge("active_generations", "Generations running now.")
+        self._draft_length = gauge(
+            "draft_length", "Draft length that a controller chose last, in tokens."
         )
-        self._generations = counter(
-            "picospec_edge_generations", "Generations that ended.", "outcome"
-        )
-        self._active = Gauge(
-            "picospec_edge_active_generations", "Generations running now.", registry=registry
-        )
-        self._draft_length = Gauge(
-            "picospec_edge_draft_length",
-            "Draft length that a controller chose last, in tokens.",
-            registry=registry,
-        )
-        self._window = Gauge(
-            "picospec_edge_window", "Window that a controller chose last.", registry=registry
-        )
-        self._reachable = Gauge(
-            "picospec_edge_cloud_reachable", "1 while the cloud answers.", registry=registry
-        )
+        self._window = gauge("window", "Window that a controller chose last.")
+        self._reachable = gauge("cloud_reachable", "1 while the cloud answers.")
 
     def exposition(self) -> bytes:
         """What GET /metrics answers."""
