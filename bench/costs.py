@@ -13,26 +13,24 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import numpy as np
 
+from bench import openings
 from bench.bed import Bed
+from bench.openings import COUPLED, SPLIT
 from bench.results import Costs
 from bench.scenarios import Condition, System
 from bench.systems import Task, generate
-from edge_agent.drafting.messages import ContextSpec, DraftEvent
+from edge_agent.drafting.messages import DraftEvent
 from edge_agent.drafting.process import DraftingProcess
 from picospec.protocol.drafting import Allow, Drafted, Recover, Recovered, Rollback
 from picospec.protocol.messages import (
-    EMPTY_TOKENS,
     AssistPolicy,
     Draft,
-    Open,
     Rejection,
-    SamplingParams,
     TokenArray,
-    Verdict,
     VerificationMode,
 )
 
@@ -44,14 +42,13 @@ RECOVERED = 20  # tokens
 DRAFT_TOKENS = 64  # drafted in a row to time the drafter
 PREFILL_S = 1.0  # for the drafter's prompt
 CYCLE_TOKENS = sum(count + 1 for count in COUNTS)  # with a bonus token each
-
-_names = (f"costs-{number}" for number in itertools.count())
+SESSION_TOKENS = CYCLE_TOKENS + 8
 
 
 async def measure(bed: Bed, prompt_token_ids: TokenArray, cycles: int) -> Costs:
     """On a link without delay. `cycles`: verdicts for each number of drafts."""
     await bed.set_link(0.0, None)
-    task = Task("costs", prompt_token_ids, CYCLE_TOKENS + 8, seed=1)
+    task = Task("costs", prompt_token_ids, SESSION_TOKENS, seed=1)
     costs = Costs()
     plain = Condition(System.CLOUD_ONLY, None, 0.0)
     baseline = await _timed(bed, plain, task)
@@ -64,8 +61,8 @@ async def measure(bed: Bed, prompt_token_ids: TokenArray, cycles: int) -> Costs:
             for times in verify_ms.values():
                 times.clear()
         text = await _decode(bed, prompt_token_ids, verify_ms["coupled"][0])
-        await _verify(bed, prompt_token_ids, text, VerificationMode.COUPLED, verify_ms["coupled"])
-        await _verify(bed, prompt_token_ids, text, VerificationMode.SPLIT, verify_ms["split"])
+        await _verify(bed, prompt_token_ids, text, COUPLED, verify_ms["coupled"])
+        await _verify(bed, prompt_token_ids, text, SPLIT, verify_ms["split"])
     costs.verify_ms = {
         mode: {count: statistics.median(times) for count, times in sorted(by_count.items())}
         for mode, by_count in verify_ms.items()
@@ -88,7 +85,7 @@ async def slowness(bed: Bed, prompt: TokenArray, costs: Costs, cycles: int) -> d
         times_ms: dict[int, list[float]] = defaultdict(list)
         text = await _decode(bed, prompt, times_ms[0])
         for _ in range(cycles):
-            await _verify(bed, prompt, text, VerificationMode.SPLIT, times_ms)
+            await _verify(bed, prompt, text, SPLIT, times_ms)
         return statistics.median(
             statistics.median(times) / costs.alone_ms(count) for count, times in times_ms.items()
         )
@@ -109,12 +106,11 @@ async def _recover(
     width = size or logits_width
     length = len(prompt)
     events: asyncio.Queue[DraftEvent] = asyncio.Queue()
-    context = drafting.open(
-        _context(prompt, RECOVERED + 1, logits_width, VerificationMode.SPLIT, SAMPLED),
-        events.put_nowait,
+    spec = openings.context(
+        prompt, RECOVERED + 1, mode=SPLIT, temperature=SAMPLED, logits_width=logits_width
     )
     times_ms = []
-    try:
+    with closing(drafting.open(spec, events.put_nowait)) as context:
         for number in range(RECOVERED):
             context.send(Allow(length + number + 1))
             while not isinstance(await events.get(), Drafted):
@@ -126,8 +122,6 @@ async def _recover(
             while not isinstance(await events.get(), Recovered):
                 pass
             times_ms.append((time.perf_counter() - started_s) * 1e3)
-    finally:
-        context.close()
     return times_ms
 
 
@@ -143,34 +137,11 @@ async def _drafting_on(
         if isinstance(event, Drafted) and event.position >= length + DRAFT_TOKENS - 1:
             context.send(Rollback(next(branches), length))
 
-    context = drafting.open(
-        _context(prompt, DRAFT_TOKENS, logits_width, VerificationMode.COUPLED, 0.0), on_event
-    )
-    context.send(Allow(length + DRAFT_TOKENS))
-    try:
+    spec = openings.context(prompt, DRAFT_TOKENS, logits_width=logits_width)
+    with closing(drafting.open(spec, on_event)) as context:
+        context.send(Allow(spec.max_length))
         await asyncio.sleep(PREFILL_S)
         yield
-    finally:
-        context.close()
-
-
-def _context(
-    prompt: TokenArray,
-    num_tokens: int,
-    logits_width: int,
-    mode: VerificationMode,
-    temperature: float,
-) -> ContextSpec:
-    return ContextSpec(
-        request_id=next(_names),
-        token_ids=prompt,
-        sampling=SamplingParams(temperature=temperature, seed=1),
-        mode=mode,
-        stop_token_ids=(),
-        prompt_length=len(prompt),
-        max_length=len(prompt) + num_tokens,
-        logits_width=logits_width,
-    )
 
 
 async def _timed(bed: Bed, condition: Condition, task: Task) -> float:
@@ -183,17 +154,13 @@ async def _timed(bed: Bed, condition: Condition, task: Task) -> float:
 
 async def _decode(bed: Bed, prompt: TokenArray, times_ms: list[float]) -> list[int]:
     """The greedy text of the target alone; adds each step's time."""
-    stream = bed.link.open_stream(name := next(_names))
     text: list[int] = []
-    try:
-        stream.send(_open(name, prompt, VerificationMode.COUPLED, 0.0, AssistPolicy.ALWAYS))
-        while (frame := await stream.receive()) is not None:
-            if isinstance(frame, Verdict):
-                if text:  # not the prompt's prefill
-                    times_ms.append(frame.compute_us / 1e3)
-                text += frame.token_ids
-    finally:
-        await stream.aclose()
+    session = openings.opening(prompt, SESSION_TOKENS, assist=AssistPolicy.ALWAYS)
+    async with openings.opened(bed.link, session) as stream:
+        async for verdict in openings.verdicts(stream):
+            if text:  # not the prompt's prefill
+                times_ms.append(verdict.compute_us / 1e3)
+            text += verdict.token_ids
     return text
 
 
@@ -205,44 +172,30 @@ async def _verify(
     times_ms: dict[int, list[float]],
 ) -> None:
     """Feed `text` to a session, COUNTS drafts at a time, and add what each verdict took."""
-    split = mode is VerificationMode.SPLIT
-    stream = bed.link.open_stream(name := next(_names))
+    split = mode is SPLIT
     counts = iter(COUNTS)
     position, epoch = len(prompt), 0
-    try:
-        stream.send(_open(name, prompt, mode, SAMPLED if split else 0.0, AssistPolicy.NEVER))
-        while (frame := await stream.receive()) is not None:
-            if not isinstance(frame, Verdict):
-                continue
-            if frame.num_draft_tokens:
-                times_ms[frame.num_draft_tokens].append(frame.compute_us / 1e3)
-            if frame.rejection is not None:
+    session = openings.opening(
+        prompt,
+        SESSION_TOKENS,
+        mode=mode,
+        temperature=SAMPLED if split else 0.0,
+        verify_whole_rounds=True,
+    )
+    async with openings.opened(bed.link, session) as stream:
+        async for verdict in openings.verdicts(stream):
+            if verdict.num_draft_tokens:
+                times_ms[verdict.num_draft_tokens].append(verdict.compute_us / 1e3)
+            if verdict.rejection is not None:
                 raise RuntimeError("a draft that was the target's own was rejected")
-            position += frame.num_accepted + len(frame.token_ids)
+            position += verdict.num_accepted + len(verdict.token_ids)
             if not (count := next(counts, 0)):
                 return
             done = position - len(prompt)
             drafts = tuple(text[done : done + count])
             probs = (SAFE_PROB,) * count if split else ()
-            if frame.num_draft_tokens and frame.token_ids:
+            if verdict.num_draft_tokens and verdict.token_ids:
                 epoch += 1  # the cloud's own token ended the chain
             stream.send(
                 Draft(epoch, position, token_ids=drafts, draft_probs=probs, end_of_round=True)
             )
-    finally:
-        await stream.aclose()
-
-
-def _open(
-    name: str, prompt: TokenArray, mode: VerificationMode, temperature: float, assist: AssistPolicy
-) -> Open:
-    return Open(
-        session_id=name,
-        prompt_token_ids=prompt,
-        output_token_ids=EMPTY_TOKENS,
-        sampling=SamplingParams(temperature=temperature, seed=1),
-        mode=mode,
-        max_tokens=CYCLE_TOKENS + 8,
-        assist=assist,
-        verify_whole_rounds=True,
-    )

@@ -16,16 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench import openings
 from bench.bed import Bed, laid_out
 from bench.machine import description
 from bench.prompts import own_prompts
 from bench.scenarios import ADAPTIVE, DRAFTS, Condition, Overrides, System
 from bench.systems import configured, prompt_tokens
-from edge_agent.generation import GenerationRequest
 from edge_agent.observer import NullObserver
 from edge_agent.pipeline import SpeculativeGenerator
 from edge_agent.server import control_of, policy_of
-from picospec.protocol.messages import SamplingParams
 
 RTTS_MS = (20.0, 200.0, 20.0)
 STAY_S = 6.0  # with each
@@ -68,13 +67,7 @@ async def follow(bed: Bed, draft: str, overrides: Overrides) -> Result:
         line,
         control_of(config),
     )
-    request = GenerationRequest(
-        request_id=f"follow-{time.monotonic_ns()}",
-        prompt_token_ids=prompt_tokens(bed, own_prompts()[0].prompt),
-        sampling=SamplingParams(temperature=0.0),
-        max_tokens=MAX_TOKENS,
-        stop_token_ids=(),
-    )
+    request = openings.request(prompt_tokens(bed, own_prompts()[0].prompt), MAX_TOKENS)
     changes = asyncio.create_task(_change(bed))
     generation = generator.generate(request)
     try:

@@ -22,17 +22,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from bench import openings
 from bench.bed import drafter_spec
 from bench.machine import description, edge_core, pinned
 from bench.overhead.cloud import DRAFTS, PROMPT, decode, medians, running_engine
 from bench.stock.server import EQUAL_SETTINGS
 from edge_agent.drafting import drafter
-from edge_agent.drafting.messages import ContextSpec, DraftEvent, OpenContext
+from edge_agent.drafting.messages import DraftEvent, OpenContext
 from edge_agent.drafting.worker import DraftWorker
 from picospec.protocol.drafting import Drafted
-from picospec.protocol.messages import SamplingParams, VerificationMode
 
 STEP_TOKENS = 65  # so that rounds of four and a bonus token come out even
 TOKENS = 200
@@ -145,7 +143,8 @@ def profile_token(draft: str, temperature: float) -> Result:
 
     loaded: Any = drafter.load(drafter_spec(draft))
     worker = DraftWorker(loaded, emit)
-    worker.handle(0, _opening(temperature))
+    spec = openings.context(PROMPT, 2 * TOKENS + 16, mode=openings.SPLIT, temperature=temperature)
+    worker.handle(0, OpenContext(spec, -1, limit=spec.max_length))
     while len(drafted) < 8:
         worker.step()
     started_s = time.perf_counter()
@@ -161,21 +160,6 @@ def profile_token(draft: str, temperature: float) -> Result:
             if Path(file).name == home and name in function:
                 spent_s[part] += cumulative_s
     return {name: 1e3 * seconds / TOKENS for name, seconds in spent_s.items()}
-
-
-def _opening(temperature: float) -> OpenContext:
-    length, room = len(PROMPT), 2 * TOKENS + 16
-    spec = ContextSpec(
-        request_id="profile",
-        token_ids=np.array(PROMPT, np.int32),
-        sampling=SamplingParams(temperature=temperature, seed=1),
-        mode=VerificationMode.SPLIT,
-        stop_token_ids=(),
-        prompt_length=length,
-        max_length=length + room,
-        logits_width=0,
-    )
-    return OpenContext(spec, -1, limit=length + room)
 
 
 def _print(result: Result) -> None:

@@ -6,40 +6,29 @@ All times are taken here, on the edge, when tokens are in the hands of whoever a
 from __future__ import annotations
 
 import asyncio
-import itertools
 import statistics
 import time
 from collections.abc import Iterable
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from bench import openings
 from bench.bed import Bed
 from bench.metering import steps_ms, traffic
 from bench.results import Record
 from bench.scenarios import Condition, System
 from edge_agent import config as edge_config
-from edge_agent.drafting.messages import ContextFailed, ContextSpec, DraftEvent
-from edge_agent.generation import GenerationRequest
+from edge_agent.drafting.messages import ContextFailed, DraftEvent
 from edge_agent.pipeline import SpeculativeGenerator
 from edge_agent.server import control_of, policy_of
 from picospec.performance.costs import Network, Scheme
 from picospec.protocol.drafting import Allow, Drafted
-from picospec.protocol.messages import (
-    EMPTY_TOKENS,
-    AssistPolicy,
-    Open,
-    SamplingParams,
-    TokenArray,
-    Verdict,
-    VerificationMode,
-)
+from picospec.protocol.messages import AssistPolicy, TokenArray, VerificationMode
 
 GENERATION_TIMEOUT_S = 600.0
-
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,10 +116,6 @@ def network_of(condition: Condition, rtt_ms: float) -> Network:
     return Network(rtt_ms=rtt_ms, bandwidth_bps=bandwidth_bps)
 
 
-def sampling(condition: Condition, task: Task) -> SamplingParams:
-    return SamplingParams(temperature=condition.temperature, seed=task.seed)
-
-
 async def _cloud_only(bed: Bed, condition: Condition, task: Task) -> Record:
     stock = bed.stock
     wire = await bed.stock_relay.counts()
@@ -155,27 +140,18 @@ async def _cloud_only(bed: Bed, condition: Condition, task: Task) -> Record:
 async def _engine_plain(bed: Bed, condition: Condition, task: Task) -> Record:
     """A coupled session that never gets a draft: the cloud goes on by itself."""
     wire = await bed.cloud_relay.counts()
-    name = f"bench-{next(_numbers)}"
     bed.link.reset()
     watch = Stopwatch()
-    stream = bed.link.open_stream(name)
-    try:
-        stream.send(
-            Open(
-                session_id=name,
-                prompt_token_ids=task.prompt_token_ids,
-                output_token_ids=EMPTY_TOKENS,
-                sampling=sampling(condition, task),
-                mode=VerificationMode.COUPLED,
-                max_tokens=task.max_tokens,
-                assist=AssistPolicy.ALWAYS,
-            )
-        )
-        while (frame := await stream.receive()) is not None:
-            if isinstance(frame, Verdict):
-                watch.add(frame.token_ids)
-    finally:
-        await stream.aclose()
+    session = openings.opening(
+        task.prompt_token_ids,
+        task.max_tokens,
+        temperature=condition.temperature,
+        seed=task.seed,
+        assist=AssistPolicy.ALWAYS,
+    )
+    async with openings.opened(bed.link, session) as stream:
+        async for verdict in openings.verdicts(stream):
+            watch.add(verdict.token_ids)
     crossed = await bed.drained() - wire
     seen = replace(traffic(bed.link.sent, bed.link.received), outcomes="")  # of no draft
     return watch.record(
@@ -192,32 +168,23 @@ async def _edge_only(bed: Bed, condition: Condition, task: Task) -> Record:
     assert condition.draft is not None
     drafting = bed.drafting[condition.draft]
     before = drafting.drafted_tokens, drafting.drafting_s
-    length = len(task.prompt_token_ids)
     events: asyncio.Queue[DraftEvent] = asyncio.Queue()
     watch = Stopwatch()
-    context = drafting.open(
-        ContextSpec(
-            request_id=f"bench-{next(_numbers)}",
-            token_ids=task.prompt_token_ids,
-            sampling=sampling(condition, task),
-            mode=VerificationMode.COUPLED,
-            stop_token_ids=(),
-            prompt_length=length,
-            max_length=length + task.max_tokens,
-            logits_width=bed.card.logits_width,
-        ),
-        events.put_nowait,
+    spec = openings.context(
+        task.prompt_token_ids,
+        task.max_tokens,
+        temperature=condition.temperature,
+        seed=task.seed,
+        logits_width=bed.card.logits_width,
     )
-    try:
-        context.send(Allow(length + task.max_tokens))
+    with closing(drafting.open(spec, events.put_nowait)) as context:
+        context.send(Allow(spec.max_length))
         while len(watch.token_ids) < task.max_tokens:
             match await events.get():
                 case Drafted(token_ids=token_ids):
                     watch.add(token_ids)
                 case ContextFailed(error):
                     raise error
-    finally:
-        context.close()
     return watch.record(task, draft_ms=_draft_ms(bed, condition.draft, before))
 
 
@@ -232,12 +199,11 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
     policy = policy_of(config)
     coupled = policy.mode is VerificationMode.COUPLED
     generator = SpeculativeGenerator(bed.link, drafting, lambda: bed.card, policy, control=control)
-    request = GenerationRequest(
-        request_id=f"bench-{next(_numbers)}",
-        prompt_token_ids=task.prompt_token_ids,
-        sampling=sampling(condition, task),
-        max_tokens=task.max_tokens,
-        stop_token_ids=(),
+    request = openings.request(
+        task.prompt_token_ids,
+        task.max_tokens,
+        temperature=condition.temperature,
+        seed=task.seed,
     )
     watch = Stopwatch()
     generation = generator.generate(request)

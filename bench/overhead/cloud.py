@@ -11,26 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bench import openings
 from bench.machine import cloud_core, pinned
 from edge_agent.link import CloudLink
-from picospec.protocol.messages import (
-    EMPTY_TOKENS,
-    AssistPolicy,
-    Draft,
-    Open,
-    SamplingParams,
-    Verdict,
-    VerificationMode,
-)
+from picospec.protocol.messages import AssistPolicy, Draft, Verdict
 from picospec_cli.model_folder import model_home
 
 if TYPE_CHECKING:
     from cloud_server.engine.client import VLLMEngine
 
 DRAFTS = 4
-PROMPT = [1, 4093, 198, 4093, 314, 260, 6376, 4461, 47, 2, 198, 1, 520, 9531, 198]
-GREEDY = SamplingParams(temperature=0.0)
-COUPLED = VerificationMode.COUPLED
+PROMPT = np.array(
+    [1, 4093, 198, 4093, 314, 260, 6376, 4461, 47, 2, 198, 1, 520, 9531, 198], np.int32
+)
 Result = dict[str, Any]
 
 
@@ -73,17 +66,11 @@ async def decode(
 ) -> tuple[dict[str, float], list[int]]:
     """One generation, by the engine alone or over `drafts`, all of which are delivered at once."""
     events: asyncio.Queue[Any] = asyncio.Queue()
-    key = f"bench-{time.monotonic_ns()}"
-    request = Open(
-        session_id=key,
-        prompt_token_ids=np.array(PROMPT, np.int32),
-        output_token_ids=EMPTY_TOKENS,
-        sampling=GREEDY,
-        mode=COUPLED,
-        max_tokens=num_tokens,
-        assist=AssistPolicy.NEVER if drafts else AssistPolicy.ALWAYS,
+    session = openings.opening(
+        PROMPT, num_tokens, assist=AssistPolicy.NEVER if drafts else AssistPolicy.ALWAYS
     )
-    await engine.open(key, request, events.put_nowait)
+    key = session.session_id
+    await engine.open(key, session, events.put_nowait)
     if drafts:
         await engine.deliver(key, Draft(0, len(PROMPT), token_ids=tuple(drafts)), time.monotonic())
     text: list[int] = []
@@ -116,30 +103,18 @@ async def measure_delivery(link: CloudLink, num_drafts: int) -> Result:
 
     Wrong drafts one at a time in coupled mode: each is answered before the next is sent.
     """
-    stream = link.open_stream("bench-delivery")
-    stream.send(
-        Open(
-            session_id="bench-delivery",
-            prompt_token_ids=np.array(PROMPT, np.int32),
-            output_token_ids=EMPTY_TOKENS,
-            sampling=GREEDY,
-            mode=COUPLED,
-            max_tokens=2 * num_drafts + 8,
-        )
-    )
     queued_ms: list[float] = []
     position, epoch = len(PROMPT), 0
-    while len(queued_ms) < num_drafts:
-        frame = await stream.receive()
-        assert frame is not None
-        if not isinstance(frame, Verdict):
-            continue
-        if frame.num_draft_tokens:
-            queued_ms.append(frame.queue_us / 1e3)
-        position += frame.num_accepted + len(frame.token_ids)
-        stream.send(Draft(epoch, position, token_ids=(7,), end_of_round=True))
-        epoch += 1
-    await stream.aclose()
+    session = openings.opening(PROMPT, 2 * num_drafts + 8)
+    async with openings.opened(link, session) as stream:
+        async for verdict in openings.verdicts(stream):
+            if verdict.num_draft_tokens:
+                queued_ms.append(verdict.queue_us / 1e3)
+            if len(queued_ms) == num_drafts:
+                break
+            position += verdict.num_accepted + len(verdict.token_ids)
+            stream.send(Draft(epoch, position, token_ids=(7,), end_of_round=True))
+            epoch += 1
     return _spread(queued_ms)
 
 

@@ -9,22 +9,21 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
-
+from bench import openings
 from bench.bed import drafter
 from bench.machine import edge_core, pinned
+from bench.openings import COUPLED, SPLIT
 from bench.overhead.accepting_link import AcceptingLink
 from bench.overhead.cloud import PROMPT
 from bench.wan import LineConditions, WanRelay
 from edge_agent.drafting.process import DraftingProcess
-from edge_agent.generation import GenerationRequest, Generator
+from edge_agent.generation import Generator
 from edge_agent.link import CloudLink
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
-from picospec.protocol.messages import SamplingParams, VerificationMode
+from picospec.protocol.messages import VerificationMode
 from picospec_cli.model_folder import model_home
 from picospec_cli.processes import HOST
 
-SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 DRAFT_LENGTHS = (1, 4, 8)
 Result = dict[str, Any]
 
@@ -54,7 +53,7 @@ async def measure_pipeline(repeats: int, num_tokens: int) -> Result:
     """Milliseconds a drafted token: the bare runtime's greedy loop, and drafter process, pipe,
     session and codec together against a cloud that accepts all; on one core, alternating."""
     folder = model_home() / "draft-int4"
-    arguments = (str(folder), str(num_tokens), str(edge_core()), json.dumps(PROMPT))
+    arguments = (str(folder), str(num_tokens), str(edge_core()), json.dumps(PROMPT.tolist()))
     bare = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", _BARE, *arguments),
         stdin=asyncio.subprocess.PIPE,
@@ -74,9 +73,7 @@ async def measure_pipeline(repeats: int, num_tokens: int) -> Result:
                         ("coupled", COUPLED, 1.0),
                         ("greedy", SPLIT, 0.0),
                     ):
-                        sampling = SamplingParams(temperature=temperature, seed=1)
-                        link = AcceptingLink(mode)
-                        spent_s = await _draft_freely(link, drafting, mode, sampling, num_tokens)
+                        spent_s = await _draft_freely(drafting, mode, temperature, num_tokens)
                         rows[name].append(spent_s / num_tokens * 1e3)
     finally:
         bare.kill()
@@ -87,16 +84,15 @@ async def measure_pipeline(repeats: int, num_tokens: int) -> Result:
 
 
 async def _draft_freely(
-    link: AcceptingLink,
-    drafting: DraftingProcess,
-    mode: VerificationMode,
-    sampling: SamplingParams,
-    num_tokens: int,
+    drafting: DraftingProcess, mode: VerificationMode, temperature: float, num_tokens: int
 ) -> float:
     """Seconds from the first drafted token to the last of `num_tokens` more."""
+    link = AcceptingLink(mode)
     policy = SpeculationPolicy(mode=mode, draft_length=4, window=16)
     generator = SpeculativeGenerator(link, drafting, lambda: link.card, policy)
-    generation = generator.generate(_request(sampling, num_tokens + 8))
+    generation = generator.generate(
+        openings.request(PROMPT, num_tokens + 8, temperature=temperature)
+    )
     started_s, seen = 0.0, 0
     async for chunk in generation:
         seen += len(chunk.token_ids)
@@ -144,7 +140,7 @@ async def _count(
     relay: WanRelay, generator: Generator, policy: SpeculationPolicy, num_tokens: int
 ) -> Result:
     before = relay.bytes_up, relay.bytes_down
-    generation = generator.generate(_request(SamplingParams(temperature=0.7, seed=3), num_tokens))
+    generation = generator.generate(openings.request(PROMPT, num_tokens, temperature=0.7, seed=3))
     async for _ in generation:
         pass
     await generation.aclose()
@@ -161,13 +157,3 @@ async def _count(
         "wire_down": (relay.bytes_down - before[1]) / tokens,
         "acceptance": stats.accepted_tokens / max(1, stats.drafted_tokens),
     }
-
-
-def _request(sampling: SamplingParams, max_tokens: int) -> GenerationRequest:
-    return GenerationRequest(
-        request_id=f"bench-{time.monotonic_ns()}",
-        prompt_token_ids=np.array(PROMPT, np.int32),
-        sampling=sampling,
-        max_tokens=max_tokens,
-        stop_token_ids=(),
-    )
