@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--suite", choices=tuple(SUITES), default="full")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), metavar="FOLDER")
     parser.add_argument("--group", action="append", help="run this group only (repeatable)")
-    parser.add_argument("--prompts", type=int, help="at most so many prompts a group")
+    parser.add_argument("--prompts", type=int, help="at most so many prompts per group")
     parser.add_argument("--plan", action="store_true", help="say how long it will take, and end")
     parser.add_argument("--eager", action="store_true", help="do not compile: to try things out")
     arguments = parser.parse_args()

@@ -145,7 +145,7 @@ async def _drafting_on(
 
 
 async def _timed(bed: Bed, condition: Condition, task: Task) -> float:
-    """Tokens a second. Raises RuntimeError if it fails."""
+    """Tokens per second. Raises RuntimeError if it fails."""
     record = await generate(bed, condition, task)
     if record.error:
         raise RuntimeError(f"{condition.name}: {record.error}")

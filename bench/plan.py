@@ -97,7 +97,7 @@ def affordable(
 
 
 def show(suite: Suite, say: Callable[[str], None] = print) -> None:
-    """The plan, a line a group."""
+    """The plan, one line per group."""
     say(f"suite {suite.name}, at most {suite.budget_min:g} min:")
     for group, each in zip(suite.groups, estimate(suite), strict=True):
         say(

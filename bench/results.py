@@ -78,7 +78,7 @@ class ConditionResult:
         return spread([value(record) for record in self.complete])
 
     def speeds(self) -> dict[str, float]:
-        """Tokens a second of each prompt; the mean where it was measured twice."""
+        """Tokens per second of each prompt; the mean where it was measured twice."""
         by_prompt: dict[str, list[float]] = {}
         for record in self.complete:
             by_prompt.setdefault(record.prompt_id, []).append(record.tokens_per_s)
@@ -111,7 +111,7 @@ class Costs:
     """What the parts take when nothing is in their way; see costs.py. Times are medians."""
 
     verify_ms: dict[str, dict[int, float]] = field(default_factory=dict)  # mode: drafts: ms
-    draft_ms: dict[str, float] = field(default_factory=dict)  # draft: ms a token
+    draft_ms: dict[str, float] = field(default_factory=dict)  # draft: ms per token
     baseline_ms: float = 0.0  # a token of stock vLLM
     # draft: kind of rejection: to draw the recovered token from it
     recover_ms: dict[str, dict[str, float]] = field(default_factory=dict)

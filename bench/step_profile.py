@@ -55,7 +55,7 @@ PARTS = {
 
 
 async def profile_steps(repeats: int) -> dict[str, Result]:
-    """By drafts a step: milliseconds a step of each kind, profiled, and of the whole, not."""
+    """By drafts per step: milliseconds of each kind, profiled, and of the whole step, not."""
     with tempfile.TemporaryDirectory() as folder:
         profiler = {
             "profiler": "torch",
@@ -134,7 +134,7 @@ def _most(times_us: dict[str, float], steps: float) -> dict[str, float]:
 
 
 def profile_token(draft: str, temperature: float) -> Result:
-    """Milliseconds a drafted token, split mode: the whole, and under the profiler its parts."""
+    """Milliseconds per drafted token, split mode: the whole, and under the profiler its parts."""
     drafted: list[Drafted] = []
 
     def emit(context_id: int, event: DraftEvent) -> None:

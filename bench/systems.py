@@ -138,7 +138,7 @@ async def _cloud_only(bed: Bed, condition: Condition, task: Task) -> Record:
 
 
 async def _engine_plain(bed: Bed, condition: Condition, task: Task) -> Record:
-    """A coupled session that never gets a draft: the cloud goes on by itself."""
+    """A coupled session that never gets a draft: the cloud decodes alone."""
     wire = await bed.cloud_relay.counts()
     bed.link.reset()
     watch = Stopwatch()

@@ -48,7 +48,7 @@ async def _with_cloud(quick: bool) -> tuple[Result, list[Result]]:
 
 
 def _print(result: Result) -> None:
-    print("\nengine, ms a step                    forward  sampling  outside: step    loop")
+    print("\nengine, ms per step                  forward  sampling  outside: step    loop")
     for name, row in result["engine"].items():
         print(
             f"  {name:<34}{row['forward_ms']:9.2f}{row['sampling_ms']:10.2f}"
@@ -69,7 +69,7 @@ def _print(result: Result) -> None:
     pipeline = result["pipeline"]
     for name, value in pipeline["ms_per_token"].items():
         print(f"  {name:<10}{value:8.2f}   {pipeline['ratio'][name + '_over_bare']:.3f} of bare")
-    print("\nbytes an output token          payload up  down   on the wire up    down  acceptance")
+    print("\nbytes per output token         payload up  down   on the wire up    down  acceptance")
     for row in result["bytes"]:
         verify = "fast" if row["fast_verify"] else "round"
         print(

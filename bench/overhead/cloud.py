@@ -28,8 +28,8 @@ Result = dict[str, Any]
 
 
 async def measure_engine(repeats: int, num_tokens: int) -> Result:
-    """Milliseconds a step spends outside forward and sampling, decoding alone (k = 0) and with
-    four correct drafts a step (k = 4); `loop` includes vLLM's loop around the step."""
+    """Milliseconds per step outside forward and sampling, decoding alone (k = 0) and with
+    four correct drafts per step (k = 4); `loop` includes vLLM's loop around the step."""
     rows: dict[str, list[dict[str, float]]] = {"k=0": [], "k=4": []}
     async with running_engine({"enforce_eager": True, "max_model_len": 1024}) as engine:
         for _ in range(repeats):
@@ -43,7 +43,7 @@ async def measure_engine(repeats: int, num_tokens: int) -> Result:
 
 @asynccontextmanager
 async def running_engine(arguments: dict[str, Any]) -> AsyncIterator[VLLMEngine]:
-    """The target on the cloud's core, for `DRAFTS` drafts a step. `arguments` are vLLM's."""
+    """The target on the cloud's core, for `DRAFTS` drafts per step. `arguments` are vLLM's."""
     from cloud_server.config import EngineConfig
     from cloud_server.engine.client import VLLMEngine
 

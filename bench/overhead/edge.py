@@ -50,7 +50,7 @@ for _ in sys.stdin:
 
 
 async def measure_pipeline(repeats: int, num_tokens: int) -> Result:
-    """Milliseconds a drafted token: the bare runtime's greedy loop, and drafter process, pipe,
+    """Milliseconds per drafted token: the bare runtime's greedy loop, and drafter process, pipe,
     session and codec together against a cloud that accepts all; on one core, alternating."""
     folder = model_home() / "draft-int4"
     arguments = (str(folder), str(num_tokens), str(edge_core()), json.dumps(PROMPT.tolist()))

@@ -9,7 +9,7 @@ SOURCE = "PicoSpec, arXiv 2603.19133: Jetson AGX at the edge, one A100 in the cl
 
 @dataclass(frozen=True, slots=True)
 class AblationRow:
-    """Tokens a second; ms a round, of verification and of drafting."""
+    """Tokens per second; ms per round, of verification and of drafting."""
 
     tokens_per_s: float
     round_ms: float
@@ -45,7 +45,7 @@ ABLATION: dict[str, dict[str, AblationRow]] = {
     },
 }
 
-# Tokens a second of each workload: cloud alone, vanilla edge-cloud speculation.
+# Tokens per second of each workload: cloud alone, vanilla edge-cloud speculation.
 CLOUD_ONLY = {
     "Qwen, GSM8K": 13.89,
     "Qwen, HumanEval": 14.18,
@@ -59,7 +59,7 @@ VANILLA = {
     "Llama, HumanEval": 9.95,
 }
 
-# Qwen, GSM8K: tokens a second by draft length.
+# Qwen, GSM8K: tokens per second by draft length.
 DRAFT_LENGTH = {3: 19.06, 4: 20.19, 5: 18.12, 6: 17.12}
 DRAFT_LENGTH_ACCEPTED = {3: 2.03, 4: 2.50, 5: 2.84, 6: 3.10}
 

@@ -1,7 +1,7 @@
 """What the event simulation expects of a measured condition, fed by costs of the same run.
 
 What goes in is measured: the link's round trip, the cost of verification (costs.py), and of each
-generation when either side was through with the prompt, its drafting time a token, how much slower
+generation when either side was through with the prompt, its drafting time per token, how much slower
 than that cost its verification was, and which drafts were right, position by position. What is
 predicted is how all that adds up. Nothing is fitted to the speed.
 
@@ -39,7 +39,7 @@ Play = Callable[[model.Costs, model.Scheme, model.Network, Record], float]
 
 
 def predictors(result: Result) -> dict[str, Predict]:
-    """Tokens a second of a condition, None for systems that are not modelled, by what goes in."""
+    """Tokens per second of a condition, None for systems that are not modelled, by what goes in."""
     groups = {id(each): group for group in result.groups for each in group.conditions}
 
     def predictor(play: Play, *, own_costs: bool) -> Predict:

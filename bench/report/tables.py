@@ -20,7 +20,7 @@ from bench.scenarios import (
 )
 from bench.spreads import mean_absolute_error, spread
 
-Predict = Callable[[ConditionResult], float | None]  # tokens a second, None: not modelled
+Predict = Callable[[ConditionResult], float | None]  # tokens per second; None: not modelled
 Predictors = Mapping[str, Predict]  # by what they start from
 Column = Callable[[Condition], str]  # what a column is called
 Cell = Callable[[GroupResult, ConditionResult], str]
@@ -68,7 +68,7 @@ def label(condition: Condition) -> str:
 
 
 def speedup_cell(group: GroupResult, result: ConditionResult) -> str:
-    """Median and quartiles of the ratios to stock vLLM, then the median of tokens a second."""
+    """Median and quartiles of the ratios to stock vLLM, then the median of tokens per second."""
     ratio = group.speedup(result)
     rate = result.spread(lambda record: record.tokens_per_s).median
     return f"**{ratio.median:.2f}** ({ratio.low:.2f}–{ratio.high:.2f}), {rate:.1f}"
@@ -99,7 +99,7 @@ def rtt(condition: Condition) -> str:
 
 
 def by_rtt(result: Result) -> str:
-    """Greedy, unlimited bandwidth, settings as they come: a row a system, a column an RTT."""
+    """Greedy, unlimited bandwidth, settings as they come: a row per system, a column per RTT."""
     return _speedups_by_rtt(result, {()})
 
 
@@ -339,7 +339,7 @@ def slowness(result: Result) -> str:
 
 
 def predictions(result: Result, predictors: Predictors) -> str:
-    """Tokens a second as predicted (prediction.py) beside what was measured, and the mean absolute
+    """Tokens per second as predicted (prediction.py) beside what was measured, and the mean absolute
     errors."""
     rows: list[list[str]] = []
     values: list[float] = []

@@ -1,7 +1,7 @@
 """The baseline: stock vLLM as a server, `python -m bench.stock.server MODEL PORT [KEY=VALUE ...]`.
 
 vLLM's own AsyncLLM, scheduler, worker and sampler, without speculation, with the settings that
-the cloud daemon has (EQUAL_SETTINGS). Tokens are streamed as they come, a JSON line each, over
+the cloud daemon has (EQUAL_SETTINGS). Tokens are streamed as they come, one JSON line each, over
 TCP:
 
     -> {"prompt_token_ids": [1, 2], "max_tokens": 8, "temperature": 0.0, "seed": 1}
@@ -92,7 +92,7 @@ class StockServer:
             async for output in outputs:
                 [completion] = output.outputs
                 reason = completion.finish_reason
-                for token_id in completion.token_ids:  # one a step; more only when we were late
+                for token_id in completion.token_ids:  # one per step; more only when we were late
                     _write(writer, {"token_ids": [token_id]})
                 if writer.is_closing():
                     return

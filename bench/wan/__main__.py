@@ -1,6 +1,6 @@
 """The relay as a process of its own: `python -m bench.wan --target HOST:PORT --rtt-ms 50`.
 
-Prints {"port": N}, then takes commands, a JSON object a line, and ends when its input does:
+Prints {"port": N}, then takes commands, one JSON object per line, and ends when its input does:
 
     {"rtt_ms": 100, "jitter_ms": 5, "kbit_s": 50}   any of them; "kbit_s": null is unlimited
     {"cut": 1.0}                                    refuse connections for so many seconds

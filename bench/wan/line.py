@@ -1,6 +1,6 @@
 """One direction of a WAN, without I/O and without a clock: what enters when, and arrives when.
 
-The laws of a `Line`:
+The rules of a `Line`:
 
 - nothing arrives earlier than `delay_s` after it left, and nothing overtakes;
 - at most `bandwidth_bps` leave; what waits for its turn to leave sees every change of the link,

@@ -37,7 +37,7 @@ class Text:
             raise ConfigError("a text has one token at least")
 
 
-BYTES_A_LOGIT = 4  # float32; the ids of a whole law do not travel
+BYTES_PER_LOGIT = 4  # float32; the ids of a whole law do not travel
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Scheme:
     mode; in coupled mode the bonus token, drawn from that row, does the same in any case).
     """
 
-    draft_length: int = 4  # tokens a round, and most drafts that a step takes
+    draft_length: int = 4  # tokens per round, and most drafts that a step takes
     window: int = 16  # most unverified tokens
     parallel_draft: bool = True
     fast_verify: bool = True
@@ -183,7 +183,7 @@ class Network:
 
 def dense_rejection_bytes(logits_width: int) -> int:
     """Of a rejection with the whole distribution (split rejection switched off)."""
-    return logits_width * BYTES_A_LOGIT
+    return logits_width * BYTES_PER_LOGIT
 
 
 def check_acceptance(alpha: Acceptance) -> tuple[float, ...]:

@@ -35,13 +35,13 @@ class PaperPrediction:
     sync_ms: float  # L_sync: everything in sequence
     async_ms: float  # L_async: drafting hidden behind network and verification
     bubble_ms: float  # T_bubble: the cloud's idle time
-    tokens_a_round: float  # E[L], without a bonus token
+    tokens_per_round: float  # E[L], without a bonus token
     round_ms: float  # E[T]
 
     @property
     def tokens_per_s(self) -> float:
         """R = E[L] / E[T]."""
-        return 1e3 * self.tokens_a_round / self.round_ms
+        return 1e3 * self.tokens_per_round / self.round_ms
 
     @property
     def speedup(self) -> float:
@@ -72,7 +72,7 @@ def paper_model(
         sync_ms=sync_ms,
         async_ms=async_ms,
         bubble_ms=max(0.0, rtt_ms + verify_ms - round_draft_ms - pre_verify_ms),
-        tokens_a_round=float(draft_length) if alpha == 1.0 else (1.0 - whole) / (1.0 - alpha),
+        tokens_per_round=float(draft_length) if alpha == 1.0 else (1.0 - whole) / (1.0 - alpha),
         round_ms=whole * async_ms + (1.0 - whole) * sync_ms,
     )
 

@@ -1,6 +1,6 @@
 """Every random choice of both daemons, as a function of (seed, position, purpose, attempt).
 
-The laws of this file:
+The rules of this file:
 1. Noise is counter-based: there is no generator and no state. Whoever knows the seed can
    compute any position's noise, in any order, as often as needed.
 2. What is drawn for different purposes, positions, attempts or token ids is independent.

@@ -19,7 +19,7 @@ from picospec.performance.simulation.clock_and_wires import Controller, World
 from picospec.performance.simulation.cloud import Cloud
 from picospec.performance.simulation.edge import Edge
 
-EVENTS_MAX_A_RUN = 100_000_000
+EVENTS_PER_RUN_MAX = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,10 @@ class Prediction:
     round_ms: float  # between verdicts
     verify_ms: float  # T_verify: the engine's time, a round
     draft_ms: float  # T_draft: the drafter's time, a round
-    forwards_a_token: float
-    accepted_a_verdict: float
-    bytes_up_a_token: float
-    bytes_down_a_token: float
+    forwards_per_token: float
+    accepted_per_verdict: float
+    bytes_up_per_token: float
+    bytes_down_per_token: float
 
 
 def simulate(
@@ -87,7 +87,7 @@ class Simulation:
     def run(self, *, num_tokens: int | None = None, until_ms: float = float("inf")) -> None:
         """Until the edge has `num_tokens` in all, or to a time, whatever comes first."""
         world = self.world
-        for _ in range(EVENTS_MAX_A_RUN):
+        for _ in range(EVENTS_PER_RUN_MAX):
             if num_tokens is not None and self.num_tokens >= num_tokens:
                 return
             if world.next_ms > until_ms:
@@ -105,8 +105,8 @@ class Simulation:
             round_ms=now_ms / verdicts,
             verify_ms=counts.verify_ms / verdicts,
             draft_ms=counts.draft_ms / verdicts,
-            forwards_a_token=counts.forwards / tokens,
-            accepted_a_verdict=counts.accepted / verdicts,
-            bytes_up_a_token=counts.bytes_up / tokens,
-            bytes_down_a_token=counts.bytes_down / tokens,
+            forwards_per_token=counts.forwards / tokens,
+            accepted_per_verdict=counts.accepted / verdicts,
+            bytes_up_per_token=counts.bytes_up / tokens,
+            bytes_down_per_token=counts.bytes_down / tokens,
         )

@@ -1,4 +1,4 @@
-"""The laws of a line, at times of the test's own choosing."""
+"""The rules of a line, at times of the test's own choosing."""
 
 from __future__ import annotations
 

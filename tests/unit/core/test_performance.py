@@ -48,7 +48,7 @@ def test_the_papers_quantities() -> None:
     assert model.sync_ms == 240.0
     assert model.async_ms == 140.0
     assert model.bubble_ms == 25.0
-    assert model.tokens_a_round == 1.5
+    assert model.tokens_per_round == 1.5
     assert model.round_ms == 0.25 * 140.0 + 0.75 * 240.0
     assert model.tokens_per_s == pytest.approx(1500.0 / 215.0)
 
@@ -57,10 +57,10 @@ def test_the_papers_quantities() -> None:
 def test_the_papers_limits(rtt_ms: float) -> None:
     sure = paper_model(120.0, 60.0, rtt_ms, alpha=1.0 - 1e-9, draft_length=4)
     assert sure.speedup == pytest.approx(1.0 + (rtt_ms + 60.0) / 120.0)
-    assert paper_model(120.0, 60.0, rtt_ms, alpha=1.0, draft_length=4).tokens_a_round == 4.0
+    assert paper_model(120.0, 60.0, rtt_ms, alpha=1.0, draft_length=4).tokens_per_round == 4.0
     hopeless = paper_model(120.0, 60.0, rtt_ms, alpha=0.0, draft_length=4)
     assert hopeless.speedup == 1.0
-    assert hopeless.tokens_a_round == 1.0
+    assert hopeless.tokens_per_round == 1.0
 
 
 def test_the_scheme_has_the_papers_limits_too() -> None:

@@ -29,15 +29,15 @@ def test_a_hopeless_drafter_by_hand() -> None:
     prediction = simulate(COSTS, Scheme(4, 16), Network(20.0), 0.0, num_tokens=200, seed=1)
     assert prediction.tokens_per_s == pytest.approx(1e3 / 68.2)
     assert prediction.round_ms == pytest.approx(68.2)
-    assert prediction.forwards_a_token == pytest.approx(1.0, abs=0.01)
-    assert prediction.accepted_a_verdict == 0.0
+    assert prediction.forwards_per_token == pytest.approx(1.0, abs=0.01)
+    assert prediction.accepted_per_verdict == 0.0
     assert prediction.verify_ms == pytest.approx(40.0, rel=0.01)
     assert prediction.draft_ms == pytest.approx(9 * 7.5, rel=0.01)  # in 67.5 of 68.2 ms
     link = Network()
     # The recovered token, and the drafts made before the rejection was heard of.
     up = link.up_bytes(1) * (1 + 9)
-    assert prediction.bytes_up_a_token == pytest.approx(up, rel=0.15)
-    assert prediction.bytes_down_a_token == link.verdict_bytes + link.rejection_bytes
+    assert prediction.bytes_up_per_token == pytest.approx(up, rel=0.15)
+    assert prediction.bytes_down_per_token == link.verdict_bytes + link.rejection_bytes
 
 
 def test_vanilla_speculation_by_hand() -> None:
@@ -47,9 +47,9 @@ def test_vanilla_speculation_by_hand() -> None:
     assert prediction.round_ms == pytest.approx(88.9)
     assert prediction.draft_ms == pytest.approx(15.0)
     assert prediction.verify_ms == pytest.approx(53.9)
-    assert prediction.accepted_a_verdict == 2.0
-    assert prediction.forwards_a_token == 0.5
-    assert prediction.bytes_down_a_token == Network().verdict_bytes / 2
+    assert prediction.accepted_per_verdict == 2.0
+    assert prediction.forwards_per_token == 0.5
+    assert prediction.bytes_down_per_token == Network().verdict_bytes / 2
 
 
 def test_coupled_vanilla_speculation_by_hand() -> None:
@@ -115,7 +115,7 @@ def test_a_dense_rejection_waits_for_the_wire() -> None:
     dense = dataclasses.replace(narrow, rejection_bytes=393_216)
     one, other = (simulate(COSTS, Scheme(), link, 0.7, 2000, seed=1) for link in (narrow, dense))
     assert other.tokens_per_s < 0.6 * one.tokens_per_s
-    assert other.bytes_down_a_token > 50 * one.bytes_down_a_token
+    assert other.bytes_down_per_token > 50 * one.bytes_down_per_token
 
 
 def test_the_switches_cost_what_the_paper_says_in_kind() -> None:
