@@ -159,7 +159,20 @@ def read_arguments(
                 raise ConfigError("--config needs the path of a TOML file")
             break
     text = _read_file(Path(path)) if path else None
+    environ = _credentials(environ, env_prefix) | dict(environ)
     return load(cls, toml_text=text, environ=environ, argv=flags, env_prefix=env_prefix)
+
+
+def _credentials(environ: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """systemd's LoadCredential=: files whose names and texts stand for environment variables."""
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    if not folder:
+        return {}
+    return {
+        path.name: _read_file(path).strip()
+        for path in sorted(Path(folder).iterdir())
+        if path.name.startswith(prefix)
+    }
 
 
 def redacted(config: Any) -> dict[str, Any]:

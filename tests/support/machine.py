@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 from bench.machine import cloud_core, edge_core, pinned
 from picospec_cli.model_folder import is_complete, model_home
 
-__all__ = ["cloud_core", "edge_core", "model_folder", "pinned"]
+__all__ = ["cloud_core", "edge_core", "free_port", "model_folder", "pinned"]
 
 
 def model_folder(name: str) -> Path:
@@ -15,3 +16,10 @@ def model_folder(name: str) -> Path:
     folder = model_home() / name
     assert is_complete(folder), f"{folder} is not there: run `picospec prepare`"
     return folder
+
+
+def free_port() -> int:
+    """One on loopback that nobody listens on at this moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port

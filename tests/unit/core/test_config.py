@@ -181,3 +181,19 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for key in ("server.port", "server.token", "engine.mode", "engine.args", "PICOSPEC_T_"):
         assert key in printed
+
+
+def test_a_credential_of_the_service_manager_stands_for_a_variable(tmp_path: Path) -> None:
+    def token(environ: dict[str, str]) -> str | None:
+        return config.read_arguments(
+            Config,
+            argv=(),
+            environ={"CREDENTIALS_DIRECTORY": str(tmp_path)} | environ,
+            env_prefix="PICOSPEC_T_",
+            program="t",
+        ).server.token
+
+    (tmp_path / "PICOSPEC_T_SERVER_TOKEN").write_text("from a file\n")
+    (tmp_path / "OTHER_TOKEN").write_text("not ours")
+    assert token({}) == "from a file"
+    assert token({"PICOSPEC_T_SERVER_TOKEN": "from a variable"}) == "from a variable"
