@@ -65,7 +65,9 @@ def edge(site: Site, daemons: Daemons) -> EdgeClient:
     command = machine.root / "opt/picospec/bin/picospec-cloud"
     command.write_text(
         "#!/opt/picospec/bin/python3\nimport sys\n"
-        "from cloud_server.__main__ import main\nsys.exit(main())\n"
+        "from cloud_server.__main__ import main\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(main())\n"
     )
     command.chmod(0o755)
     shutil.copy(ROOT / "deploy/systemd/picospec-cloud.service", machine.root / "etc/systemd/system")
