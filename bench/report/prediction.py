@@ -1,9 +1,9 @@
 """What the event simulation expects of a measured condition, fed by costs of the same run.
 
 What goes in is measured: the link's round trip, the cost of verification (costs.py), and of each
-generation when either side was through with the prompt, its drafting time per token, how much slower
-than that cost its verification was, and which drafts were right, position by position. What is
-predicted is how all that adds up. Nothing is fitted to the speed.
+generation when either side was through with the prompt, its drafting time per token, how much
+slower than that cost its verification was, and which drafts were right, position by position. What
+is predicted is how all that adds up. Nothing is fitted to the speed.
 
 Two more predictions know less, to tell what the knowledge is worth: one takes verification as it
 was when the group began, alone and beside the drafter; the other has chance decide over drafts, at

@@ -339,8 +339,7 @@ def slowness(result: Result) -> str:
 
 
 def predictions(result: Result, predictors: Predictors) -> str:
-    """Tokens per second as predicted (prediction.py) beside what was measured, and the mean absolute
-    errors."""
+    """Tokens per second as predicted (prediction.py) and as measured, and the mean errors."""
     rows: list[list[str]] = []
     values: list[float] = []
     guesses: dict[str, list[float]] = {name: [] for name in predictors}
