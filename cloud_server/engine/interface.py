@@ -1,6 +1,6 @@
 """The seam between the gRPC process and the engine: what a verification engine is.
 
-`client.VLLMEngine` is the real one; `tests.support.scripted_engine` has the double for tests.
+`client.VLLMEngine` is the real one; `scripted.ScriptedEngine` the double for unit tests.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ import openai
 import pytest
 import uvloop
 
+from cloud_server.engine.scripted import ScriptedEngine
 from edge_agent import config as edge_config
 from edge_agent.server import EdgeServer
 from tests.support.builders import make_card_for
 from tests.support.chat import speculation_of, usage_of, user_says
 from tests.support.cloud import Cloud, running_cloud
 from tests.support.edge_api import TOKENIZER, eventually
-from tests.support.scripted_engine import ScriptedEngine
 from tests.support.tiny_tokenizer import TEMPLATE, tokenizer_json
 
 WORDS: list[int] = TOKENIZER.encode(

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cloud_server.engine.scripted import ScriptedEngine, toy_target
 from picospec.errors import CapacityError, PicoSpecError
 from picospec.protocol import codec
 from picospec.protocol.messages import (
@@ -24,7 +25,6 @@ from picospec.protocol.messages import (
 from picospec.v1 import speculation_pb2 as pb
 from tests.support.builders import COUPLED, SPLIT, make_open, make_opened
 from tests.support.cloud import Cloud, RawStream, greedy_generation, running_cloud
-from tests.support.scripted_engine import ScriptedEngine, toy_target
 
 FIRST = 4  # position of the second output token: where the first draft goes
 

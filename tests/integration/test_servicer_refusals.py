@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cloud_server.engine.scripted import ScriptedEngine
 from picospec.protocol import codec
 from picospec.protocol.messages import AssistPolicy, Draft
 from picospec.v1 import speculation_pb2 as pb
 from tests.support.builders import SAMPLED, SPLIT, make_open
 from tests.support.cloud import Cloud, RawStream, running_cloud
-from tests.support.scripted_engine import ScriptedEngine
 
 FIRST = 4  # position of the second output token: where the first draft goes
 

@@ -12,6 +12,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from cloud_server.config import CloudConfig, MetricsConfig, ServerConfig
+from cloud_server.engine.scripted import ScriptedEngine, Target
 from cloud_server.server import CloudServer
 from picospec.protocol import codec
 from picospec.protocol.messages import (
@@ -27,7 +28,6 @@ from picospec.protocol.messages import (
 from picospec.v1 import speculation_pb2 as pb
 from picospec.v1 import speculation_pb2_grpc
 from tests.support.builders import make_open
-from tests.support.scripted_engine import ScriptedEngine, Target
 
 RECEIVE_TIMEOUT_S = 5.0
 

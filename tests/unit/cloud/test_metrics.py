@@ -7,10 +7,10 @@ import urllib.request
 
 from cloud_server.config import MetricsConfig
 from cloud_server.engine.interface import EngineStats
+from cloud_server.engine.scripted import SCRIPTED_CARD
 from cloud_server.metrics import CloudMetrics
 from picospec.protocol.messages import FinishReason, Opened, Verdict
 from tests.support.cloud import an_open, running_cloud
-from tests.support.scripted_engine import SCRIPTED_CARD
 
 LABELS = {"model_name": "scripted", "engine": "0"}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import doctest
 
+from cloud_server.engine import scripted
 from cloud_server.engine.interface import EngineEvent, Prefilled, VerificationEngine
+from cloud_server.engine.scripted import ScriptedEngine, toy_target
 from picospec.protocol.messages import Draft, FinishReason, Verdict, VerificationMode
-from tests.support import scripted_engine as scripted
 from tests.support.cloud import an_open
-from tests.support.scripted_engine import ScriptedEngine, toy_target
 
 
 async def events_of(engine: ScriptedEngine, *frames: Draft, **changes: object) -> list[EngineEvent]:

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cloud_server import heartbeat
 from cloud_server.config import CloudConfig, EngineConfig, MetricsConfig, ServerConfig
+from cloud_server.engine.scripted import ScriptedEngine, toy_target
 from cloud_server.heartbeat import Heartbeat
 from cloud_server.server import EXIT_ENGINE, EXIT_OK, SERVICE_NAME, CloudServer, serve
 from picospec.errors import ConfigError, PicoSpecError
@@ -33,7 +34,6 @@ from tests.support.cloud import (
     greedy_generation,
     running_cloud,
 )
-from tests.support.scripted_engine import ScriptedEngine, toy_target
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
