@@ -16,6 +16,7 @@ from pathlib import Path
 from bench import plan
 from bench.report import document
 from bench.results import Result
+from bench.runner import run
 from bench.scenarios import SUITES
 from picospec_cli.console import CommandFailed
 
@@ -43,9 +44,6 @@ def main() -> int:
     plan.show(suite)
     if arguments.plan:
         return 0
-    # Not earlier: it imports the daemons.
-    from bench.runner import run
-
     path = arguments.output / f"{suite.name}.json"
 
     def keep(result: Result) -> None:

@@ -7,6 +7,7 @@ the rest is called `picospec_cloud_*`. Each instance has its own registry.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
@@ -40,14 +41,11 @@ class CloudMetrics:
         self._latencies()
 
     def _speculation(self, max_draft_tokens: int) -> None:
-        self._num_drafts = self._vllm(
-            Counter, "vllm:spec_decode_num_drafts", "Number of spec decoding drafts."
-        )
-        self._num_draft_tokens = self._vllm(
-            Counter, "vllm:spec_decode_num_draft_tokens", "Number of draft tokens."
-        )
-        self._num_accepted_tokens = self._vllm(
-            Counter, "vllm:spec_decode_num_accepted_tokens", "Number of accepted tokens."
+        counter, own = partial(self._vllm, Counter), partial(self._own, Counter)
+        self._num_drafts = counter("spec_decode_num_drafts", "Number of spec decoding drafts.")
+        self._num_draft_tokens = counter("spec_decode_num_draft_tokens", "Number of draft tokens.")
+        self._num_accepted_tokens = counter(
+            "spec_decode_num_accepted_tokens", "Number of accepted tokens."
         )
         per_pos = Counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
@@ -59,57 +57,47 @@ class CloudMetrics:
             per_pos.labels(*self._vllm_labels.values(), str(position))
             for position in range(max_draft_tokens)
         ]
-        self._rollbacks = self._own(
-            Counter, "rollbacks", "Verdicts that did not accept all of their drafts."
-        )
-        self._stale_tokens = self._own(
-            Counter, "stale_draft_tokens", "Drafts dropped because their epoch was over."
+        self._rollbacks = own("rollbacks", "Verdicts that did not accept all of their drafts.")
+        self._stale_tokens = own(
+            "stale_draft_tokens", "Drafts dropped because their epoch was over."
         )
 
     def _engine(self) -> None:
-        self._running = self._vllm(
-            Gauge, "vllm:num_requests_running", "Number of requests in model execution batches."
+        counter, gauge = partial(self._vllm, Counter), partial(self._vllm, Gauge)
+        self._running = gauge(
+            "num_requests_running", "Number of requests in model execution batches."
         )
-        self._waiting = self._vllm(
-            Gauge, "vllm:num_requests_waiting", "Number of requests waiting to be processed."
+        self._waiting = gauge("num_requests_waiting", "Number of requests waiting to be processed.")
+        self._kv_usage = gauge("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.")
+        self._preemptions = counter(
+            "num_preemptions", "Cumulative number of preemption from the engine."
         )
-        self._kv_usage = self._vllm(
-            Gauge, "vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage."
+        self._prompt_tokens = counter("prompt_tokens", "Number of prefill tokens processed.")
+        self._generation_tokens = counter(
+            "generation_tokens", "Number of generation tokens processed."
         )
-        self._preemptions = self._vllm(
-            Counter, "vllm:num_preemptions", "Cumulative number of preemption from the engine."
+        self._prefix_queries = counter(
+            "prefix_cache_queries", "Prefix cache queries, in queried tokens."
         )
-        self._prompt_tokens = self._vllm(
-            Counter, "vllm:prompt_tokens", "Number of prefill tokens processed."
-        )
-        self._generation_tokens = self._vllm(
-            Counter, "vllm:generation_tokens", "Number of generation tokens processed."
-        )
-        self._prefix_queries = self._vllm(
-            Counter, "vllm:prefix_cache_queries", "Prefix cache queries, in queried tokens."
-        )
-        self._prefix_hits = self._vllm(
-            Counter, "vllm:prefix_cache_hits", "Prefix cache hits, in cached tokens."
-        )
+        self._prefix_hits = counter("prefix_cache_hits", "Prefix cache hits, in cached tokens.")
         self._healthy = self._own(Gauge, "engine_healthy", "1 while the engine serves.")
         self._tasks = self._own(Gauge, "asyncio_tasks", "asyncio tasks of the gRPC process.")
 
     def _sessions(self) -> None:
+        counter = partial(self._own, Counter)
         self._active = self._own(Gauge, "sessions_active", "Generations being served.")
         self._held = self._own(Gauge, "sessions_held", "Sessions that wait for their edge.")
-        self._evicted = self._own(
-            Counter, "sessions_evicted", "Held sessions whose KV cache was given to others."
+        self._evicted = counter(
+            "sessions_evicted", "Held sessions whose KV cache was given to others."
         )
-        self._outcomes = self._own(Counter, "sessions", "Sessions ended, by outcome.", ["outcome"])
-        self._protocol_errors = self._own(
-            Counter, "protocol_errors", "Frames refused, by the field at fault.", ["field"]
+        self._outcomes = counter("sessions", "Sessions ended, by outcome.", ["outcome"])
+        self._protocol_errors = counter(
+            "protocol_errors", "Frames refused, by the field at fault.", ["field"]
         )
-        self._bytes_received = self._own(
-            Counter, "received_bytes", "Message payloads received from edges."
-        )
-        self._bytes_sent = self._own(Counter, "sent_bytes", "Message payloads sent to edges.")
-        self._frames_received = self._own(Counter, "frames_received", "Frames from edges.")
-        self._frames_sent = self._own(Counter, "frames_sent", "Frames to edges.")
+        self._bytes_received = counter("received_bytes", "Message payloads received from edges.")
+        self._bytes_sent = counter("sent_bytes", "Message payloads sent to edges.")
+        self._frames_received = counter("frames_received", "Frames from edges.")
+        self._frames_sent = counter("frames_sent", "Frames to edges.")
 
     def _latencies(self) -> None:
         def seconds(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -205,7 +193,7 @@ class CloudMetrics:
         self._stale_tokens.inc(max(0, stats.stale_tokens - last.stale_tokens))
 
     def _vllm(self, kind: Any, name: str, text: str) -> Any:
-        metric = kind(name, text, list(self._vllm_labels), registry=self.registry)
+        metric = kind(f"vllm:{name}", text, list(self._vllm_labels), registry=self.registry)
         return metric.labels(*self._vllm_labels.values())
 
     def _own(self, kind: Any, name: str, text: str, labels: list[str] | None = None) -> Any:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -72,12 +72,7 @@ class Daemon:
     ) -> None:
         self.name = module
         self._log = log
-        output = (
-            sys.stderr.fileno()
-            if log is None
-            else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        )
-        try:
+        with nullcontext(sys.stderr.fileno()) if log is None else log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, *flags],
                 stdin=subprocess.DEVNULL,
@@ -86,9 +81,6 @@ class Daemon:
                 start_new_session=True,
                 preexec_fn=partial(_prepare_child, cores),
             )
-        finally:
-            if log is not None:
-                os.close(output)
 
     @property
     def pid(self) -> int:
