@@ -40,7 +40,6 @@ class DraftLengthController(Protocol):
 
     def drafted(self, num_tokens: int, seconds: float) -> None:
         """The drafter has computed `seconds` for `num_tokens`."""
-        ...
 
     def judged(
         self,
@@ -52,15 +51,12 @@ class DraftLengthController(Protocol):
     ) -> None:
         """A verdict, the target's forwards since the last one, and how long it queued and computed
         in the cloud."""
-        ...
 
     def round_trip(self, seconds: float) -> None:
         """Both ways on the network, without the cloud's queueing and computing."""
-        ...
 
     def plan(self, now: float) -> DraftPlan:
         """To be asked after each verdict; `now` in seconds, never falling."""
-        ...
 
 
 class FixedLength:

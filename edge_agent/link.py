@@ -89,7 +89,6 @@ class Stream(Protocol):
 
     def send(self, frame: EdgeFrame) -> None:
         """Queue a frame. Never blocks or raises; failures come out of `receive`."""
-        ...
 
     async def receive(self) -> CloudFrame | None:
         """The next frame; None when the cloud has ended the stream well.
@@ -97,11 +96,9 @@ class Stream(Protocol):
         Raises CloudUnavailable (the stream is lost), CapacityError, RemoteProtocolError,
         ConfigError.
         """
-        ...
 
     async def aclose(self) -> None:
         """Cancel the stream; idempotent."""
-        ...
 
 
 class Link(Protocol):
@@ -109,7 +106,6 @@ class Link(Protocol):
 
     def open_stream(self, request_id: str) -> Stream:
         """Never blocks; a cloud that cannot be reached shows in `receive`."""
-        ...
 
 
 class CloudLink:

@@ -17,37 +17,30 @@ class PipelineObserver(Protocol):
 
     def generation_finished(self, outcome: str) -> None:
         """`outcome` is "stop", "length", "cancelled" or the name of an error's class."""
-        ...
 
     def round_trip(self, seconds: float) -> None:
         """Both ways on the network: what a verdict took beyond queueing and computing."""
-        ...
 
     def verdict(self, verdict: Verdict) -> None: ...
 
     def rollback(self) -> None:
         """The chain was given up, partly or whole."""
-        ...
 
     def stale(self, num_tokens: int) -> None:
         """Drafts that were sent and then given up before they were judged."""
-        ...
 
     def drafted(self, num_tokens: int) -> None: ...
 
     def bytes_up(self, num_bytes: int) -> None:
         """gRPC message payloads."""
-        ...
 
     def bytes_down(self, num_bytes: int) -> None: ...
 
     def resumed(self) -> None:
         """A lost session was taken up again."""
-        ...
 
     def planned(self, draft_length: int, window: int) -> None:
         """The controller of a generation changed its lengths, in tokens."""
-        ...
 
 
 class NullObserver:

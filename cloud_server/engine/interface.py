@@ -47,7 +47,6 @@ class VerificationEngine(Protocol):
 
     async def start(self) -> ModelCard:
         """Load the model; returns what is served. Raises PicoSpecError if it cannot."""
-        ...
 
     async def open(self, session_key: str, request: Open, sink: EngineSink) -> None:
         """Admit a session; its events go to `sink`, in order, Prefilled first.
@@ -55,7 +54,6 @@ class VerificationEngine(Protocol):
         `session_key` is unique for the engine's lifetime. Raises CloudUnavailable if the
         engine is dead.
         """
-        ...
 
     async def deliver(self, session_key: str, draft: Draft, arrived_s: float) -> None:
         """Hand drafts to an open session, in order. Unknown (finished) sessions ignore them.
@@ -63,18 +61,15 @@ class VerificationEngine(Protocol):
         `arrived_s` is when the frame reached the cloud (time.monotonic); Verdict.queue_us counts
         from it.
         """
-        ...
 
     async def abort(self, session_key: str) -> None:
         """End a session and free its KV cache at once. Idempotent; no event follows."""
-        ...
 
     async def ping(self) -> None:
         """Returns when the engine has answered, which it does between two steps.
 
         Raises CloudUnavailable if the engine is dead.
         """
-        ...
 
     def stats(self) -> EngineStats: ...
 

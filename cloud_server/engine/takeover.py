@@ -18,7 +18,6 @@ class Takeover(Protocol):
 
         `engine_idle`: no session's edge waits for a judgement or a prefill.
         """
-        ...
 
 
 class NeverTakeOver:

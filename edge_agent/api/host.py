@@ -46,7 +46,6 @@ class Host(Protocol):
 
     def card(self) -> ModelCard:
         """The model served. Raises CloudUnavailable or ModelMismatch where there is none."""
-        ...
 
     def health(self) -> Health: ...
 

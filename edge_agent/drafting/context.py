@@ -138,27 +138,22 @@ class Drafting(Protocol):
     @property
     def pid(self) -> int | None:
         """Of the worker; None when there is none."""
-        ...
 
     @property
     def alive(self) -> bool:
         """A drafter is loaded and drafting. False while it restarts: contexts wait."""
-        ...
 
     @property
     def open_contexts(self) -> int: ...
 
     async def start(self) -> None:
         """Load the drafter. Raises DrafterFailed if that fails or takes too long."""
-        ...
 
     async def stop(self) -> None:
         """End the worker; open contexts get no more events. Idempotent."""
-        ...
 
     def open(self, spec: ContextSpec, on_event: OnEvent) -> DraftContext:
         """A context for spec.token_ids, at branch 0, with nothing allowed yet.
 
         Raises CapacityError when all contexts are taken, DrafterFailed when there is no drafter.
         """
-        ...

@@ -45,34 +45,27 @@ class DrafterContext(Protocol):
 
     def __len__(self) -> int:
         """Tokens in the text, drafts included: the position `propose` speaks of."""
-        ...
 
     def prefill(self) -> bool:
         """Compute one chunk, if `propose` needs more than that. True: call again first."""
-        ...
 
     def propose(self) -> Distribution | None:
         """The law of the next token; None when there is nothing to propose.
 
         A function of the text alone. Raises whatever the runtime raises.
         """
-        ...
 
     def confidence(self) -> float:
         """The probability of what the last `propose` found most likely, before temperature."""
-        ...
 
     def append(self, token_id: int) -> None:
         """Add a draft to the text."""
-        ...
 
     def rollback(self, length: int, token_ids: Sequence[int] = ()) -> int:
         """See SpeculativeTokens.rollback."""
-        ...
 
     def close(self) -> None:
         """Free what the runtime holds. Nothing else may be called after it."""
-        ...
 
 
 class Drafter(Protocol):
@@ -82,7 +75,6 @@ class Drafter(Protocol):
 
     def open(self, spec: ContextSpec, num_committed: int = -1) -> DrafterContext:
         """A context that holds spec.token_ids, of which the first `num_committed` are final."""
-        ...
 
 
 class KVRuntime(Protocol):
@@ -92,11 +84,9 @@ class KVRuntime(Protocol):
 
     def forward(self, token_ids: TokenArray) -> LogitsArray:
         """Add token_ids (int32 [n], n >= 1) to the cache; the logits that follow the last."""
-        ...
 
     def truncate(self, length: int) -> None:
         """Drop all but the first `length` tokens. Cheap; any length from 0 on."""
-        ...
 
     def close(self) -> None: ...
 
