@@ -16,7 +16,7 @@ import pytest
 from tests.deploy.conftest import Site
 from tests.deploy.test_edge_package import DYNAMIC_UIDS
 from tests.support.chat_over_http import EdgeClient
-from tests.support.daemons import API_KEY, CLOUD_TOKEN, Cloud, Daemons, until
+from tests.support.daemons import API_KEY, CLOUD_TOKEN, Daemons, until
 from tests.support.machine import free_port
 from tests.support.nspawn import Machine
 
@@ -77,9 +77,8 @@ def edge(site: Site, daemons: Daemons) -> EdgeClient:
     machine.drop_in(UNIT, FAST)
     machine.run("systemctl", "start", "--no-block", UNIT)
     machine.wait_active(UNIT, LOAD_TIMEOUT_S)
-    unit = Cloud(daemon=daemons.running[0], model="target", port=port, metrics_url="")
-    outside = daemons.start_edge(
-        "edge-of-the-unit", unit, "--drafter.model", str(site.models / "draft-int4")
+    outside = daemons.start_edge_at(
+        "edge-of-the-unit", port, "target", "--drafter.model", str(site.models / "draft-int4")
     )
     until(outside.is_healthy)
     return EdgeClient(outside.url, API_KEY)

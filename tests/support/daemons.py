@@ -262,7 +262,11 @@ class Daemons:
 
     def start_edge(self, name: str, cloud: Cloud, *flags: str) -> Edge:
         """Returns when it listens. Its cloud is reached over a relay. Raises DaemonFailed."""
-        relay = Relay(cloud.port)
+        return self.start_edge_at(name, cloud.port, cloud.model, *flags)
+
+    def start_edge_at(self, name: str, cloud_port: int, model: str, *flags: str) -> Edge:
+        """`start_edge` for a cloud that is not one of these daemons."""
+        relay = Relay(cloud_port)
         relay.__enter__()
         self._relays.append(relay)
         daemon = self._start(
@@ -278,7 +282,7 @@ class Daemons:
             {"PICOSPEC_EDGE_SERVER_API_KEY": API_KEY, "PICOSPEC_EDGE_CLOUD_TOKEN": CLOUD_TOKEN},
         )
         listening = daemon.announcement(r"listening on (?P<url>\S+)")
-        return Edge(daemon, cloud.model, url=listening["url"], relay=relay)
+        return Edge(daemon, model, url=listening["url"], relay=relay)
 
     def stop(self, daemon: Daemon) -> None:
         """Before the end. Raises DaemonFailed."""
