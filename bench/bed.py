@@ -25,12 +25,12 @@ from bench.scenarios import Condition
 from bench.stock.client import StockClient
 from bench.stock.server import EQUAL_SETTINGS
 from bench.wan.process import NO_BYTES, Counts, WanProcess
-from edge_agent.control import DraftLengthController
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.link import CloudLink
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import CloudUnavailable
+from picospec.performance.controller import DraftLengthController
 from picospec.performance.costs import VerifyCost
 from picospec.protocol.messages import ModelCard
 from picospec_cli.model_folder import model_home

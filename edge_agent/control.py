@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Protocol
 
 from edge_agent.estimates import LiveEstimates
+from picospec.performance.controller import DraftPlan
 from picospec.performance.costs import Costs, Network, Scheme
 from picospec.performance.prediction import predicted_goodput
 
@@ -25,38 +24,6 @@ WIDE = 2.0  # over what is needed: a window so wide costs drafts in vain ...
 SHRINK_INTERVAL_S = 5.0  # ... and nothing else, so this long after the last change is soon enough
 PROBE_INTERVAL_S = 3.0  # between steps of another length, where all are alike
 HOPE_MIN = 0.02  # drafts less likely to be reached need no room in the window
-
-
-@dataclass(frozen=True, slots=True)
-class DraftPlan:
-    """What the edge does next, in tokens."""
-
-    draft_length: int  # a round, and most drafts that an engine step takes
-    window: int  # most unverified tokens
-
-
-class DraftLengthController(Protocol):
-    """Steers one generation. Nothing here raises or blocks."""
-
-    def drafted(self, num_tokens: int, seconds: float) -> None:
-        """The drafter has computed `seconds` for `num_tokens`."""
-
-    def judged(
-        self,
-        num_judged: int,
-        num_accepted: int,
-        num_forwards: int,
-        queue_s: float,
-        compute_s: float,
-    ) -> None:
-        """A verdict, the target's forwards since the last one, and how long it queued and computed
-        in the cloud."""
-
-    def round_trip(self, seconds: float) -> None:
-        """Both ways on the network, without the cloud's queueing and computing."""
-
-    def plan(self, now: float) -> DraftPlan:
-        """To be asked after each verdict; `now` in seconds, never falling."""
 
 
 class FixedLength:

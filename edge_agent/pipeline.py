@@ -18,7 +18,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 
 from edge_agent.accounting import Account
-from edge_agent.control import DraftLengthController, DraftPlan, FixedLength
+from edge_agent.control import FixedLength
 from edge_agent.drafting.context import DraftContext, Drafting
 from edge_agent.drafting.messages import ContextFailed, ContextSpec, DraftEvent
 from edge_agent.generation import GenerationChunk, GenerationRequest, GenerationStats
@@ -26,6 +26,7 @@ from edge_agent.link import Link, Stream
 from edge_agent.observer import NullObserver, PipelineObserver
 from edge_agent.resume import Resumption
 from picospec.errors import CapacityError, CloudUnavailable, LocalProtocolError, PicoSpecError
+from picospec.performance.controller import DraftLengthController, DraftPlan
 from picospec.protocol.drafting import Allow, Drafted, Recover, Rollback
 from picospec.protocol.edge_events import (
     Commit,

@@ -28,7 +28,7 @@ from edge_agent.api.admission import Admission
 from edge_agent.api.host import Health
 from edge_agent.api.routes import create_app
 from edge_agent.config import EdgeConfig, ServerConfig
-from edge_agent.control import AdaptiveLength, DraftLengthController, DraftPlan, FixedLength
+from edge_agent.control import AdaptiveLength, FixedLength
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.estimates import LiveEstimates
@@ -39,6 +39,7 @@ from edge_agent.model_watch import ModelWatch
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import ConfigError, ModelMismatch
+from picospec.performance.controller import DraftLengthController, DraftPlan
 from picospec.performance.costs import Scheme
 from picospec.protocol.messages import ModelCard, VerificationMode
 from picospec.service_manager import ServiceManager

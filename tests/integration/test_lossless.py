@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_agent.control import AdaptiveLength, DraftLengthController, DraftPlan
+from edge_agent.control import AdaptiveLength
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.generation import GenerationRequest
 from edge_agent.link import CloudLink
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
+from picospec.performance.controller import DraftLengthController, DraftPlan
 from picospec.performance.costs import Scheme
 from picospec.protocol.messages import ModelCard, SamplingParams, VerificationMode
 from tests.support.builders import GREEDY

@@ -6,7 +6,7 @@ The rules of this file:
 2. Whether a draft will be accepted is drawn when it is made, from `seed` alone, or, where a `Text`
    is replayed, on record. A text begins with its request, chance with a first token at both ends.
 
-`prediction` computes the mean of the same system without playing it. A `Controller`
+`prediction` computes the mean of the same system without playing it. A `DraftLengthController`
 handed in steers draft length and window, and is told what an edge measures.
 """
 
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from picospec.performance.controller import DraftLengthController
 from picospec.performance.costs import Acceptance, Costs, Network, Scheme, Text, check_acceptance
-from picospec.performance.simulation.clock_and_wires import Controller, World
+from picospec.performance.simulation.clock_and_wires import World
 from picospec.performance.simulation.cloud import Cloud
 from picospec.performance.simulation.edge import Edge
 
@@ -65,7 +66,7 @@ class Simulation:
         link: Network,
         alpha: Acceptance | Text,
         seed: int,
-        controller: Controller | None = None,
+        controller: DraftLengthController | None = None,
     ) -> None:
         """Raises ConfigError for a bad `alpha`."""
         if not isinstance(alpha, Text):

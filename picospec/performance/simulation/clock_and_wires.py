@@ -12,8 +12,9 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from picospec.performance.controller import DraftLengthController
 from picospec.performance.costs import (
     Acceptance,
     Costs,
@@ -25,35 +26,6 @@ from picospec.performance.costs import (
 
 # Ranks of events at the same time.
 HAPPENED, ARRIVES, STEP_ENDS, IS_HEARD, BEGINS = range(5)
-
-
-class Plan(Protocol):
-    """What a controller decides; `edge_agent.control.DraftPlan` is one."""
-
-    @property
-    def draft_length(self) -> int: ...
-
-    @property
-    def window(self) -> int: ...
-
-
-class Controller(Protocol):
-    """`edge_agent.control.DraftLengthController`, as a simulation needs it; times in seconds."""
-
-    def drafted(self, num_tokens: int, seconds: float) -> None: ...
-
-    def judged(
-        self,
-        num_judged: int,
-        num_accepted: int,
-        num_forwards: int,
-        queue_s: float,
-        compute_s: float,
-    ) -> None: ...
-
-    def round_trip(self, seconds: float) -> None: ...
-
-    def plan(self, now: float) -> Plan: ...
 
 
 class SimulatedDraft(NamedTuple):
@@ -126,7 +98,7 @@ class World:
         link: Network,
         alpha: Acceptance | Text,
         seed: int,
-        controller: Controller | None,
+        controller: DraftLengthController | None,
     ) -> None:
         self.costs, self.scheme, self.link, self.alpha = costs, scheme, link, alpha
         self.controller = controller

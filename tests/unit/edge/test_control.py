@@ -14,11 +14,10 @@ from edge_agent import control, estimates
 from edge_agent.control import (
     CHANGE_INTERVAL_S,
     AdaptiveLength,
-    DraftLengthController,
-    DraftPlan,
     FixedLength,
 )
 from edge_agent.estimates import LiveEstimates, VerifyCostEstimate
+from picospec.performance.controller import DraftLengthController, DraftPlan
 from picospec.performance.costs import Costs, Network, Scheme, VerifyCost
 from picospec.performance.prediction import predicted_goodput
 from picospec.performance.simulation import Simulation
