@@ -50,8 +50,7 @@ class EdgeMetrics:
     ) -> None:
         """Both are asked when the metrics are read."""
         self._registry = registry = CollectorRegistry()
-        registry.register(_DrafterCollector(drafter))
-        registry.register(_LoopCollector(open_streams))
+        registry.register(_StateCollector(drafter, open_streams))
 
         def vllm(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"vllm:spec_decode_{name}", text, labels, registry=registry)
@@ -176,32 +175,27 @@ class EdgeMetrics:
         self._reachable.set(reachable)
 
 
-class _DrafterCollector(Collector):
-    """Asks the drafter process when it is read, instead of being told."""
+class _StateCollector(Collector):
+    """Asks for the state of others when it is read, instead of being told."""
 
-    def __init__(self, state: Callable[[], DrafterState]) -> None:
-        self._state = state
-
-    def collect(self) -> Iterator[Metric]:
-        state = self._state()
-        yield GaugeMetricFamily(
-            "picospec_edge_drafter_alive", "1 while the drafter process runs.", state.alive
-        )
-        yield GaugeMetricFamily(
-            "picospec_edge_drafter_contexts", "Contexts the drafter holds.", state.open_contexts
-        )
-        yield CounterMetricFamily(
-            "picospec_edge_drafter_restarts", "Times the drafter was restarted.", state.restarts
-        )
-
-
-class _LoopCollector(Collector):
-    """What the event loop holds; a generation that leaves something behind shows here."""
-
-    def __init__(self, open_streams: Callable[[], int]) -> None:
+    def __init__(
+        self, drafter: Callable[[], DrafterState], open_streams: Callable[[], int]
+    ) -> None:
+        self._drafter = drafter
         self._open_streams = open_streams
 
     def collect(self) -> Iterator[Metric]:
+        drafter = self._drafter()
+        yield GaugeMetricFamily(
+            "picospec_edge_drafter_alive", "1 while the drafter process runs.", drafter.alive
+        )
+        yield GaugeMetricFamily(
+            "picospec_edge_drafter_contexts", "Contexts the drafter holds.", drafter.open_contexts
+        )
+        yield CounterMetricFamily(
+            "picospec_edge_drafter_restarts", "Times the drafter was restarted.", drafter.restarts
+        )
+        # A generation that leaves something behind shows here.
         yield GaugeMetricFamily(
             "picospec_edge_open_streams", "gRPC streams to the cloud.", self._open_streams()
         )

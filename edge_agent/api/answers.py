@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from edge_agent.generation import GenerationStats
 from picospec.protocol.messages import FinishReason
@@ -16,6 +16,9 @@ Json = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What every object of one answer repeats."""
+
+    PREFIX: ClassVar[str]  # of ids
+    CHUNK: ClassVar[str]  # the object's name
 
     request_id: str
     model: str
@@ -37,11 +40,11 @@ class Answer:
 
     def closing_usage(self, usage: Json) -> Json:
         """The chunk after the last, for who asked for it."""
-        raise NotImplementedError
+        return self._object(self.CHUNK, []) | {"usage": usage}
 
-    def _object(self, prefix: str, kind: str, choices: list[Json]) -> Json:
+    def _object(self, kind: str, choices: list[Json]) -> Json:
         return {
-            "id": f"{prefix}-{self.request_id}",
+            "id": f"{self.PREFIX}-{self.request_id}",
             "object": kind,
             "created": self.created,
             "model": self.model,
@@ -54,6 +57,8 @@ class ChatAnswer(Answer):
     """chat.completion and chat.completion.chunk"""
 
     __slots__ = ()
+    PREFIX = "chatcmpl"
+    CHUNK = "chat.completion.chunk"
 
     def whole(self, text: str, finish_reason: FinishReason, usage: Json) -> Json:
         message = {"role": "assistant", "content": text, "refusal": None}
@@ -63,7 +68,7 @@ class ChatAnswer(Answer):
             "logprobs": None,
             "finish_reason": finish_reason.value,
         }
-        return self._object("chatcmpl", "chat.completion", [choice]) | {"usage": usage}
+        return self._object("chat.completion", [choice]) | {"usage": usage}
 
     def opening(self) -> Iterator[Json]:
         yield self._chunk({"role": "assistant", "content": ""})
@@ -74,18 +79,17 @@ class ChatAnswer(Answer):
     def finish(self, finish_reason: FinishReason) -> Json:
         return self._chunk({}, finish_reason.value)
 
-    def closing_usage(self, usage: Json) -> Json:
-        return self._object("chatcmpl", "chat.completion.chunk", []) | {"usage": usage}
-
     def _chunk(self, delta: Json, finish_reason: str | None = None) -> Json:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._object("chatcmpl", "chat.completion.chunk", [choice])
+        return self._object(self.CHUNK, [choice])
 
 
 class TextAnswer(Answer):
     """text_completion, whole and in chunks"""
 
     __slots__ = ()
+    PREFIX = "cmpl"
+    CHUNK = "text_completion"
 
     def whole(self, text: str, finish_reason: FinishReason, usage: Json) -> Json:
         return self._chunk(text, finish_reason.value) | {"usage": usage}
@@ -96,12 +100,9 @@ class TextAnswer(Answer):
     def finish(self, finish_reason: FinishReason) -> Json:
         return self._chunk("", finish_reason.value)
 
-    def closing_usage(self, usage: Json) -> Json:
-        return self._object("cmpl", "text_completion", []) | {"usage": usage}
-
     def _chunk(self, text: str, finish_reason: str | None = None) -> Json:
         choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-        return self._object("cmpl", "text_completion", [choice])
+        return self._object(self.CHUNK, [choice])
 
 
 def usage(stats: GenerationStats, completion_tokens: int) -> Json:
