@@ -9,7 +9,8 @@ np.frombuffer, without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,6 +61,20 @@ _FINISH: dict[pb.FinishReason, FinishReason | None] = {
 _WIRE_MODE = {mode: number for number, mode in _MODES.items()}
 _WIRE_ASSIST = {policy: number for number, policy in _ASSIST.items()}
 _WIRE_FINISH = {reason: number for number, reason in _FINISH.items()}
+
+
+def _alike(frame_type: type[Any], *, but: Collection[str] = ()) -> tuple[str, ...]:
+    """The fields that a frame and its message have in common, by name and by form."""
+    return tuple(field.name for field in fields(frame_type) if field.name not in but)
+
+
+_OPENED, _LIMITS = _alike(Opened), _alike(Limits)
+_SAMPLING = _alike(SamplingParams, but={"logit_bias"})
+_CARD = _alike(ModelCard, but={"eos_token_ids", "modes", "limits"})
+_OPEN = _alike(
+    Open,
+    but={"prompt_token_ids", "output_token_ids", "sampling", "mode", "stop_token_ids", "assist"},
+)
 
 Known = TypeVar("Known")
 AnyMessage = TypeVar("AnyMessage", bound=Message)
@@ -174,15 +189,7 @@ def encode_cloud(frame: CloudFrame) -> pb.GenerateResponse:
                 )
             )
         case Opened():
-            return pb.GenerateResponse(
-                opened=pb.Opened(
-                    first_position=frame.first_position,
-                    cached_prompt_tokens=frame.cached_prompt_tokens,
-                    max_draft_tokens=frame.max_draft_tokens,
-                    window=frame.window,
-                    sparse_k=frame.sparse_k,
-                )
-            )
+            return pb.GenerateResponse(opened=pb.Opened(**_copied(frame, _OPENED)))
 
 
 def decode_cloud(message: pb.GenerateResponse) -> CloudFrame:
@@ -205,14 +212,7 @@ def decode_cloud(message: pb.GenerateResponse) -> CloudFrame:
                 num_forwards=verdict.num_forwards,
             )
         case "opened":
-            opened = message.opened
-            return Opened(
-                first_position=opened.first_position,
-                cached_prompt_tokens=opened.cached_prompt_tokens,
-                max_draft_tokens=opened.max_draft_tokens,
-                window=opened.window,
-                sparse_k=opened.sparse_k,
-            )
+            return Opened(**_copied(message.opened, _OPENED))
         case _:
             raise RemoteProtocolError("The message holds no frame that is known here", "frame")
 
@@ -220,43 +220,20 @@ def decode_cloud(message: pb.GenerateResponse) -> CloudFrame:
 def encode_model(card: ModelCard) -> pb.GetModelResponse:
     """The message for `card`."""
     return pb.GetModelResponse(
-        protocol_version=card.protocol_version,
-        model_id=card.model_id,
-        logits_width=card.logits_width,
-        tokenizer_fingerprint=card.tokenizer_fingerprint,
-        chat_template_fingerprint=card.chat_template_fingerprint,
+        **_copied(card, _CARD),
         eos_token_ids=card.eos_token_ids,
-        max_model_len=card.max_model_len,
         modes=[_WIRE_MODE[mode] for mode in card.modes],
-        limits=pb.Limits(
-            max_draft_tokens=card.limits.max_draft_tokens,
-            max_window=card.limits.max_window,
-            max_sparse_k=card.limits.max_sparse_k,
-            max_stop_token_ids=card.limits.max_stop_token_ids,
-            max_logit_bias=card.limits.max_logit_bias,
-        ),
+        limits=pb.Limits(**_copied(card.limits, _LIMITS)),
     )
 
 
 def decode_model(message: pb.GetModelResponse) -> ModelCard:
     """The model card in `message`; modes that this version does not know are left out."""
-    limits = message.limits
     return ModelCard(
-        model_id=message.model_id,
-        logits_width=message.logits_width,
-        tokenizer_fingerprint=message.tokenizer_fingerprint,
-        chat_template_fingerprint=message.chat_template_fingerprint,
+        **_copied(message, _CARD),
         eos_token_ids=tuple(message.eos_token_ids),
-        max_model_len=message.max_model_len,
         modes=tuple(_MODES[mode] for mode in message.modes if mode in _MODES),
-        limits=Limits(
-            max_draft_tokens=limits.max_draft_tokens,
-            max_window=limits.max_window,
-            max_sparse_k=limits.max_sparse_k,
-            max_stop_token_ids=limits.max_stop_token_ids,
-            max_logit_bias=limits.max_logit_bias,
-        ),
-        protocol_version=message.protocol_version,
+        limits=Limits(**_copied(message.limits, _LIMITS)),
     )
 
 
@@ -295,33 +272,24 @@ def _parsed(message_type: type[AnyMessage], payload: bytes) -> AnyMessage:
     return message
 
 
+def _copied(source: object, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in names}
+
+
 def _encode_open(frame: Open) -> pb.Open:
     sampling = frame.sampling
     return pb.Open(
-        protocol_version=frame.protocol_version,
-        session_id=frame.session_id,
+        **_copied(frame, _OPEN),
         prompt_token_ids=_token_bytes(frame.prompt_token_ids),
         output_token_ids=_token_bytes(frame.output_token_ids),
         sampling=pb.SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
+            **_copied(sampling, _SAMPLING),
             logit_bias_token_ids=[token_id for token_id, _ in sampling.logit_bias],
             logit_bias_values=[bias for _, bias in sampling.logit_bias],
         ),
         mode=_WIRE_MODE[frame.mode],
-        exact=frame.exact,
-        sparse_k=frame.sparse_k,
-        max_tokens=frame.max_tokens,
         stop_token_ids=frame.stop_token_ids,
         assist=_WIRE_ASSIST[frame.assist],
-        verify_whole_rounds=frame.verify_whole_rounds,
-        probe=frame.probe,
     )
 
 
@@ -337,29 +305,13 @@ def _decode_open(message: pb.Open) -> Open:
         )
     bias = zip(sampling.logit_bias_token_ids, sampling.logit_bias_values, strict=True)
     return Open(
-        session_id=message.session_id,
+        **_copied(message, _OPEN),
         prompt_token_ids=_tokens(message.prompt_token_ids, "open.prompt_token_ids"),
         output_token_ids=_tokens(message.output_token_ids, "open.output_token_ids"),
-        sampling=SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-            logit_bias=tuple(bias),
-        ),
+        sampling=SamplingParams(**_copied(sampling, _SAMPLING), logit_bias=tuple(bias)),
         mode=_known(_MODES, message.mode, "open.mode"),
-        max_tokens=message.max_tokens,
         stop_token_ids=tuple(message.stop_token_ids),
-        exact=message.exact,
-        sparse_k=message.sparse_k,
         assist=_known(_ASSIST, message.assist, "open.assist"),
-        verify_whole_rounds=message.verify_whole_rounds,
-        probe=message.probe,
-        protocol_version=message.protocol_version,
     )
 
 
