@@ -12,6 +12,11 @@ from picospec.protocol.messages import FinishReason
 
 Json = dict[str, Any]
 
+_SPECULATION = (
+    *("mode", "drafted_tokens", "accepted_tokens", "verdicts", "forwards"),
+    *("rollbacks", "resumes", "bytes_up", "bytes_down"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -112,17 +117,7 @@ def usage(stats: GenerationStats, completion_tokens: int) -> Json:
         "completion_tokens": completion_tokens,
         "total_tokens": stats.prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": stats.cached_prompt_tokens},
-        "speculation": {
-            "mode": stats.mode,
-            "drafted_tokens": stats.drafted_tokens,
-            "accepted_tokens": stats.accepted_tokens,
-            "verdicts": stats.verdicts,
-            "forwards": stats.forwards,
-            "rollbacks": stats.rollbacks,
-            "resumes": stats.resumes,
-            "bytes_up": stats.bytes_up,
-            "bytes_down": stats.bytes_down,
-        },
+        "speculation": {name: getattr(stats, name) for name in _SPECULATION},
     }
 
 
