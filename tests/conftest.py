@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ORDER = ("unit", "sim", "integration", "e2e")
+ORDER = ("unit", "sim", "integration", "e2e", "deploy")
 TESTS = Path(__file__).parent
 
 
