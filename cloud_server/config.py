@@ -1,17 +1,14 @@
-"""The cloud server's settings: every bound, wait and address, with its unit.
-
-Values come from a TOML file, the environment (`PICOSPEC_CLOUD_SERVER_PORT`) and flags
-(`--server.port`), later ones winning; `picospec.config.load` reads and checks them.
-"""
+"""The cloud server's settings: every bound, wait and address, with its unit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from picospec.config import setting
+from pydantic import Field
+
+from picospec.config import Settings, secret
 from picospec.errors import ConfigError
 
 ENV_PREFIX = "PICOSPEC_CLOUD_"
@@ -29,116 +26,98 @@ RESERVED_ENGINE_ARGS = frozenset(
 )
 
 
-def _positive(value: float) -> bool:
-    return value > 0
-
-
-def _not_negative(value: float) -> bool:
-    return value >= 0
-
-
-def _port(value: int) -> bool:
-    return 0 <= value <= 65535
-
-
-def _within(low: int, high: int) -> Any:
-    return lambda value: low <= value <= high
-
-
-@dataclass(frozen=True, slots=True)
-class ServerConfig:
+class ServerConfig(Settings):
     """The gRPC server and what it grants one session."""
 
-    host: str = setting("127.0.0.1", "address the gRPC server listens on")
-    port: int = setting(50051, "its port; 0 picks a free one", check=_port, allowed="0..65535")
-    auth_token: str = setting("", "bearer token that edges must present; empty = none", secret=True)
-    tls_cert: str = setting("", "PEM file of the certificate chain; empty = no TLS")
-    tls_key: str = setting("", "PEM file of the certificate's private key")
-    max_sessions: int = setting(
-        64, "generations served at once", check=_positive, allowed="at least 1"
+    host: str = Field("127.0.0.1", description="address that the gRPC server listens on")
+    port: int = Field(50051, ge=0, le=65535, description="its port; 0 takes a free one")
+    auth_token: str = secret(
+        "", description="bearer token that edges must present; empty asks for none"
     )
-    session_idle_timeout_s: float = setting(
-        60.0, "silence after which a session is ended", check=_positive, allowed="above 0"
+    tls_cert: str = Field("", description="PEM file of the certificate chain; empty: no TLS")
+    tls_key: str = Field("", description="PEM file of the certificate's private key")
+    max_sessions: int = Field(64, ge=1, description="generations served at once")
+    session_idle_timeout_s: float = Field(
+        60.0, gt=0, description="silence after which a session is ended, in seconds"
     )
-    outbound_frames_max: int = setting(
-        256, "frames kept for an edge that reads slowly", check=_positive, allowed="at least 1"
+    outbound_frames_max: int = Field(
+        256, ge=1, description="frames kept for an edge that reads slowly"
     )
-    max_message_bytes: int = setting(
-        4 * 2**20, "largest gRPC message accepted", check=_positive, allowed="above 0"
+    max_message_bytes: int = Field(
+        4 * 2**20, gt=0, description="largest gRPC message accepted, in bytes"
     )
-    keepalive_time_s: float = setting(
-        20.0, "quiet time before a connection is probed", check=_positive, allowed="above 0"
+    keepalive_time_s: float = Field(
+        20.0, gt=0, description="quiet time before a connection is probed, in seconds"
     )
-    keepalive_timeout_s: float = setting(
-        10.0, "wait for the probe's answer", check=_positive, allowed="above 0"
+    keepalive_timeout_s: float = Field(
+        10.0, gt=0, description="wait for the probe's answer, in seconds"
     )
-    grace_s: float = setting(
-        30.0, "wait for running generations at shutdown", check=_not_negative, allowed="0 or more"
+    grace_s: float = Field(
+        30.0, ge=0, description="wait for running generations at shutdown, in seconds"
     )
-    health_interval_s: float = setting(
-        1.0, "how often the engine is looked at", check=_positive, allowed="above 0"
+    health_interval_s: float = Field(
+        1.0, gt=0, description="how often the engine is looked at, in seconds"
     )
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
+class EngineConfig(Settings):
     """The target model and the vLLM engine that verifies with it."""
 
-    model: str = setting(
-        "", "target: folder or repository id; empty = $PICOSPEC_HOME/models/target"
+    model: str = Field(
+        "", description="target: folder or repository id; empty: $PICOSPEC_HOME/models/target"
     )
-    model_id: str = setting("", "name shown to edges; empty = the model's own")
-    max_draft_tokens: int = setting(
-        16, "most drafts verified in one step", check=_within(1, 256), allowed="1..256"
+    model_id: str = Field("", description="name shown to edges; empty: the model's own")
+    max_draft_tokens: int = Field(
+        16, ge=1, le=256, description="most drafts verified per session in one step"
     )
-    max_window: int = setting(
-        64, "most unverified tokens in flight", check=_within(1, 4096), allowed="1..4096"
-    )
-    max_sparse_k: int = setting(
-        1024, "most pairs in a Rejection", check=_within(1, 1 << 24), allowed="1..16777216"
-    )
-    min_step_tokens: int = setting(
+    max_window: int = Field(64, ge=1, le=4096, description="most unverified tokens in flight")
+    max_sparse_k: int = Field(1024, ge=1, le=1 << 24, description="most pairs in a Rejection")
+    min_step_tokens: int = Field(
         0,
-        "fewest tokens of a forward, filled up with padding; 0: as measured at the start (CPU)",
-        check=_within(0, 16),
-        allowed="0..16",
+        ge=0,
+        le=16,
+        description="fewest tokens per forward, the rest is padding; 0: measured at start-up (CPU)",
     )
-    step_timeout_s: float = setting(
+    step_timeout_s: float = Field(
         300.0,
-        "an engine that finishes no step for so long is given up, and the server ends",
-        check=_within(1, 86400),
-        allowed="1..86400",
+        ge=1,
+        le=86_400,
+        description=(
+            "an engine that finishes no step for so long is given up, and the server ends, in "
+            "seconds"
+        ),
     )
-    args: dict[str, Any] = setting(
-        {}, "further vLLM engine arguments by their own names, e.g. max_model_len"
+    args: dict[str, Any] = Field(
+        {}, description="further vLLM engine arguments by their own names, e.g. max_model_len"
     )
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsConfig:
+class MetricsConfig(Settings):
     """Where Prometheus scrapes."""
 
-    enabled: bool = setting(True, "serve Prometheus metrics")
-    host: str = setting("127.0.0.1", "address of the metrics server")
-    port: int = setting(9400, "its port; 0 picks a free one", check=_port, allowed="0..65535")
+    enabled: bool = Field(True, description="serve Prometheus metrics")
+    host: str = Field("127.0.0.1", description="address of the metrics server")
+    port: int = Field(9400, ge=0, le=65535, description="its port; 0 takes a free one")
 
 
-@dataclass(frozen=True, slots=True)
-class LogConfig:
+class LogConfig(Settings):
     """What is logged, and how it looks."""
 
-    level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level")
-    format: Literal["json", "text"] = setting("text", "one JSON object a line, or plain text")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe level"
+    )
+    format: Literal["json", "text"] = Field(
+        "text", description="one JSON object per line, or plain text"
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class CloudConfig:
+class CloudConfig(Settings):
     """All settings of the cloud server."""
 
-    server: ServerConfig = field(default_factory=ServerConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    server: ServerConfig = ServerConfig()
+    engine: EngineConfig = EngineConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    log: LogConfig = LogConfig()
 
 
 def completed(config: CloudConfig, environ: Mapping[str, str]) -> CloudConfig:
@@ -160,4 +139,5 @@ def completed(config: CloudConfig, environ: Mapping[str, str]) -> CloudConfig:
     if engine.model:
         return config
     home = Path(environ.get("PICOSPEC_HOME") or Path.home() / ".cache" / "picospec")
-    return replace(config, engine=replace(engine, model=str(home / "models" / "target")))
+    engine = engine.model_copy(update={"model": str(home / "models" / "target")})
+    return config.model_copy(update={"engine": engine})

@@ -13,9 +13,9 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from picospec.v1 import speculation_pb2
+from picospec.protocol.codec import GENERATE_METHOD
 
-SERVICE_NAME = speculation_pb2.DESCRIPTOR.services_by_name["SpeculationService"].full_name
+SERVICE_NAME = GENERATE_METHOD.split("/")[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,178 +2,165 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from picospec.config import read_arguments, setting
+from pydantic import Field
+
+from picospec.config import Settings, read_arguments, secret
 from picospec.errors import ConfigError
 from picospec.protocol.messages import AssistPolicy, VerificationMode
 
 ENV_PREFIX = "PICOSPEC_EDGE_"
 PROGRAM = "picospec-edge"
 
-_ADDRESS = re.compile(r"[^\s/]+:\d{1,5}")
+DAY_S = 86_400.0
 
 
-def _seconds(value: float) -> bool:
-    return 0 < value <= 86_400
-
-
-@dataclass(frozen=True, slots=True)
-class ServerConfig:
+class ServerConfig(Settings):
     """The OpenAI API."""
 
-    host: str = setting("127.0.0.1", "interface the HTTP server listens on", check=bool)
-    port: int = setting(
-        8080, "TCP port; 0 takes a free one", check=lambda v: 0 <= v <= 65535, allowed="0..65535"
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="address that the HTTP server listens on"
     )
-    max_concurrent_requests: int = setting(
-        64,
-        "requests answered at once; further ones get 503",
-        check=lambda v: 1 <= v <= 4096,
-        allowed="1..4096",
+    port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    max_concurrent_requests: int = Field(
+        64, ge=1, le=4096, description="requests answered at once; further ones get 503"
     )
-    max_body_bytes: int = setting(
-        4 << 20,
-        "largest request body",
-        check=lambda v: 1024 <= v <= 1 << 28,
-        allowed="1024..268435456",
+    max_body_bytes: int = Field(
+        4 << 20, ge=1024, le=1 << 28, description="largest request body, in bytes"
     )
-    request_timeout_s: float = setting(
-        600.0, "longest a request may take, streaming included", check=_seconds, allowed="0..86400"
+    request_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        le=DAY_S,
+        description="longest time for a request, streaming included, in seconds",
     )
-    shutdown_grace_s: float = setting(
+    shutdown_grace_s: float = Field(
         20.0,
-        "how long running answers may go on after SIGTERM",
-        check=lambda v: 0 <= v <= 3600,
-        allowed="0..3600",
+        ge=0,
+        le=3600,
+        description="how long running answers may go on after SIGTERM, in seconds",
     )
-    api_key: str = setting("", "bearer token that /v1 asks for; empty asks for none", secret=True)
+    api_key: str = secret("", description="bearer token that /v1 asks for; empty asks for none")
 
 
-@dataclass(frozen=True, slots=True)
-class CloudConfig:
+class CloudConfig(Settings):
     """The cloud server that verifies."""
 
-    address: str = setting(
+    address: str = Field(
         "127.0.0.1:50051",
-        "host:port of the cloud server",
-        check=lambda v: _ADDRESS.fullmatch(v) is not None,
-        allowed="host:port",
+        pattern=r"^[^\s/]+:\d{1,5}$",
+        description="host:port of the cloud server",
+        json_schema_extra={"allowed": "host:port"},
     )
-    token: str = setting("", "token the cloud server asks for; empty sends none", secret=True)
-    tls_ca: str = setting(
-        "", "PEM file of the authority that signed the cloud's certificate; empty uses no TLS"
+    token: str = secret("", description="token that the cloud server asks for; empty sends none")
+    tls_ca: str = Field(
+        "",
+        description="PEM file of the authority that signed the cloud's certificate; empty: no TLS",
     )
-    connect_timeout_s: float = setting(
-        5.0, "longest wait for a connection", check=_seconds, allowed="0..86400"
+    connect_timeout_s: float = Field(
+        5.0, gt=0, le=DAY_S, description="longest wait for a connection, in seconds"
     )
-    resume_attempts: int = setting(
-        5,
-        "times a generation is taken up again after the link broke",
-        check=lambda v: 0 <= v <= 100,
-        allowed="0..100",
+    resume_attempts: int = Field(
+        5, ge=0, le=100, description="attempts to resume a generation after its link broke"
     )
-    resume_timeout_s: float = setting(
-        30.0, "longest a generation waits for a broken link", check=_seconds, allowed="0..86400"
+    resume_timeout_s: float = Field(
+        30.0, gt=0, le=DAY_S, description="longest time to resume a generation, in seconds"
     )
-    poll_interval_s: float = setting(
+    poll_interval_s: float = Field(
         5.0,
-        "how often the cloud is asked which model it serves",
-        check=lambda v: 0.1 <= v <= 3600,
-        allowed="0.1..3600",
+        ge=0.1,
+        le=3600,
+        description="how often the cloud is asked which model it serves, in seconds",
     )
 
 
-@dataclass(frozen=True, slots=True)
-class DrafterConfig:
+class DrafterConfig(Settings):
     """The small model at the edge."""
 
-    backend: Literal["onnx", "torch", "ngram"] = setting("onnx", "what runs the draft model")
-    model: str = setting("", "folder of the draft model (ngram needs none)")
-    tokenizer: str = setting("", "folder of the tokenizer; empty: the draft model's folder")
-    threads: int = setting(
-        1, "CPU threads of the drafter", check=lambda v: 1 <= v <= 256, allowed="1..256"
+    backend: Literal["onnx", "torch", "ngram"] = Field(
+        "onnx", description="what runs the draft model"
     )
-    cpu: int | None = setting(
-        None, "core to pin the drafter to", check=lambda v: 0 <= v < 4096, allowed="0..4095 or none"
+    model: str = Field("", description="folder of the draft model; ngram needs none")
+    tokenizer: str = Field(
+        "", description="folder of the tokenizer; empty: the draft model's folder"
     )
-    max_contexts: int = setting(
+    threads: int = Field(1, ge=1, le=256, description="CPU threads of the drafter")
+    cpu: int | None = Field(None, ge=0, le=4095, description="core to pin the drafter to")
+    max_contexts: int = Field(
         64,
-        "generations the drafter holds at once; each has its KV cache",
-        check=lambda v: 1 <= v <= 4096,
-        allowed="1..4096",
+        ge=1,
+        le=4096,
+        description="generations the drafter holds at once, each with a KV cache",
     )
-    turn_timeout_s: float = setting(
+    turn_timeout_s: float = Field(
         60.0,
-        "a drafter that finishes no turn for so long is killed and replaced",
-        check=lambda v: 1 <= v <= 3600,
-        allowed="1..3600",
+        ge=1,
+        le=3600,
+        description="a drafter that finishes no turn for so long is replaced, in seconds",
     )
 
 
-@dataclass(frozen=True, slots=True)
-class SpeculationConfig:
+class SpeculationConfig(Settings):
     """How drafts are made and judged (docs/protocol.md)."""
 
-    mode: VerificationMode = setting(VerificationMode.SPLIT, "how the cloud judges drafts")
-    draft_length: int = setting(
-        4, "drafts of one round", check=lambda v: 1 <= v <= 64, allowed="1..64"
+    mode: VerificationMode = Field(
+        VerificationMode.SPLIT, description="how the cloud judges drafts"
     )
-    window: int = setting(
-        32, "most unverified tokens in flight", check=lambda v: 1 <= v <= 1024, allowed="1..1024"
-    )
-    control: Literal["fixed", "adaptive"] = setting(
+    draft_length: int = Field(4, ge=1, le=64, description="drafts per round")
+    window: int = Field(32, ge=1, le=1024, description="most unverified tokens in flight")
+    control: Literal["fixed", "adaptive"] = Field(
         "fixed",
-        "adaptive: draft_length and window follow what is measured, from the values given here",
+        description="adaptive: draft_length and window follow what is measured, from these values",
     )
-    parallel_draft: bool = setting(True, "draft on while verdicts are under way")
-    fast_verify: bool = setting(True, "send each draft at once instead of whole rounds")
-    round_timeout_s: float = setting(
+    parallel_draft: bool = Field(True, description="continue to draft while verdicts are under way")
+    fast_verify: bool = Field(True, description="send each draft at once instead of whole rounds")
+    round_timeout_s: float = Field(
         0.0,
-        "fast_verify off: longest wait for a round to fill before it goes out short; 0: no limit",
-        check=lambda v: 0 <= v <= 60,
-        allowed="0..60",
+        ge=0,
+        le=60,
+        description=(
+            "fast_verify off: longest wait for a round to fill before it is sent short, in "
+            "seconds; 0: no limit"
+        ),
     )
-    confidence_stop: float = setting(
+    confidence_stop: float = Field(
         0.0,
-        "the drafter pauses after a draft it gave a probability below this; 0: never",
-        check=lambda v: 0 <= v < 1,
-        allowed="0..1, 1 excluded",
+        ge=0,
+        lt=1,
+        description="the drafter pauses after a draft less probable than this; 0: never",
     )
-    split_rejection: bool = setting(
-        True, "split: send the sparse Top-K with a rejection; off: the whole distribution travels"
+    split_rejection: bool = Field(
+        True,
+        description="split: a rejection carries the sparse Top-K; off: the whole distribution",
     )
-    exact: bool = setting(True, "split: keep the target's law for any sparse_k")
-    sparse_k: int = setting(
-        64,
-        "split: most (id, probability) pairs of a rejection",
-        check=lambda v: 1 <= v <= 65536,
-        allowed="1..65536",
+    exact: bool = Field(True, description="split: keep the target's law for any sparse_k")
+    sparse_k: int = Field(
+        64, ge=1, le=65536, description="split: most (id, probability) pairs per rejection"
     )
-    assist: AssistPolicy = setting(
-        AssistPolicy.NEVER, "coupled: whether the cloud decodes by itself while it has no drafts"
+    assist: AssistPolicy = Field(
+        AssistPolicy.NEVER,
+        description="coupled: whether the cloud decodes while it has no drafts",
     )
 
 
-@dataclass(frozen=True, slots=True)
-class LogConfig:
-    level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level")
-    format: Literal["text", "json"] = setting("text", "how a record is written")
+class LogConfig(Settings):
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe level"
+    )
+    format: Literal["text", "json"] = Field("text", description="how a record is written")
 
 
-@dataclass(frozen=True, slots=True)
-class EdgeConfig:
+class EdgeConfig(Settings):
     """`[section]` of the TOML file = field of this class."""
 
-    server: ServerConfig
-    cloud: CloudConfig
-    drafter: DrafterConfig
-    speculation: SpeculationConfig
-    log: LogConfig
+    server: ServerConfig = ServerConfig()
+    cloud: CloudConfig = CloudConfig()
+    drafter: DrafterConfig = DrafterConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+    log: LogConfig = LogConfig()
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -1,114 +1,130 @@
-"""Configuration as frozen dataclasses: TOML file, environment and flags, upward in that order.
+"""Configuration from a TOML file, the environment and flags; a later source wins.
 
-A configuration class has one field per section, a section one `setting` per key:
+A configuration is a `Settings` with one field per section, a section a `Settings` with one pydantic
+`Field` per key:
 
-    @dataclass(frozen=True, slots=True)
-    class ServerConfig:
-        port: int = setting(8080, "TCP port", check=lambda v: 0 <= v <= 65535, allowed="0..65535")
+    class ServerConfig(Settings):
+        port: int = Field(8080, ge=0, le=65535, description="TCP port")
 
-    @dataclass(frozen=True, slots=True)
-    class EdgeConfig:
-        server: ServerConfig
+    class EdgeConfig(Settings):
+        server: ServerConfig = ServerConfig()
 
 The port is then `[server] port` in the file, `{prefix}SERVER_PORT` in the environment and
-`--server.port` among the flags. Every value of every source is checked, also one that a later
-source overrides; what is refused is a ConfigError that names key, value and what is allowed.
+`--server.port` among the flags. pydantic knows types and bounds; reading the sources is done here,
+because pydantic-settings merges them before it checks: a wrong value that a later source overrides
+would pass, as would an unknown variable, and an error could not tell where a value came from.
 
-Types: str, int, float (finite), bool, an Enum or Literal of str, tuple[str, ...] (comma-separated
-or a JSON array in text), dict[str, Any] (a free-form table; sources are merged key by key,
-a JSON object in the environment, `--section.table.key VALUE` as a flag), and any of them `| None`.
+A `dict` is a free-form table: sources are merged key by key; it is a JSON object in the environment
+and `--section.table.key VALUE` among the flags.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import enum
 import json
-import math
 import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from picospec.errors import ConfigError
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Settings")
 
 REDACTED = "***"
 MAX_FILE_BYTES = 1 << 20
 
-_TRUE = frozenset({"true", "1", "yes", "on"})
-_FALSE = frozenset({"false", "0", "no", "off"})
 _SECRET_NAME = re.compile(r"token$|secret|password|api_?key|credential", re.IGNORECASE)
+_NOUNS = {str: "a string", int: "an integer", float: "a finite number", bool: "true or false"}
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    check: Callable[[Any], bool] | None = None,
-    allowed: str = "",
-    secret: bool = False,
-) -> Any:
-    """A dataclass field for one key. `check` sees values of the right type; `allowed` says in
-    words what it lets through; a secret is never printed, not even in an error."""
-    metadata = {"help": help, "check": check, "allowed": allowed, "secret": secret}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+class Settings(BaseModel):
+    """A configuration, or a section of one. Frozen; unknown keys are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
+def secret(default: Any, *, description: str) -> Any:
+    """A `Field` that is never printed, not even in an error."""
+    return Field(default, description=description, repr=False, json_schema_extra={"secret": True})
+
+
+class _Key(NamedTuple):
+    """One key of a configuration."""
+
     section: str
     name: str
-    type: Any  # without `| None`
-    optional: bool
-    default: Any
-    help: str
-    check: Callable[[Any], bool] | None
-    allowed: str
-    secret: bool
+    field: FieldInfo
 
-    @property
-    def key(self) -> str:
+    def __str__(self) -> str:
         return f"{self.section}.{self.name}"
 
     @property
-    def is_table(self) -> bool:
-        return typing.get_origin(self.type) is dict or self.type is dict
+    def kinds(self) -> tuple[Any, ...]:
+        """The types that its value may have, None among them where it is optional."""
+        hint = self.field.annotation
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            return typing.get_args(hint)
+        return (hint,)
 
-    def choices(self) -> tuple[str, ...]:
-        if typing.get_origin(self.type) is typing.Literal:
-            return tuple(str(value) for value in typing.get_args(self.type))
-        if isinstance(self.type, type) and issubclass(self.type, enum.Enum):
-            return tuple(str(member.value) for member in self.type)
-        return ()
+    @property
+    def is_optional(self) -> bool:
+        return type(None) in self.kinds
 
-    def what_is_allowed(self) -> str:
-        if self.allowed:
-            return self.allowed
-        if choices := self.choices():
-            words = "one of " + ", ".join(choices)
-        elif self.is_table:
-            words = "a table"
-        elif typing.get_origin(self.type) is tuple:
-            words = "a list of strings"
-        else:
-            names = {str: "a string", int: "an integer", float: "a finite number"}
-            words = names.get(self.type, "true or false")
-        return words + (" or none" if self.optional else "")
+    @property
+    def origin(self) -> Any:
+        return typing.get_origin(self.kinds[0]) or self.kinds[0]
 
-    def refuse(self, value: Any) -> ConfigError:
-        shown = REDACTED if self.secret else repr(value)
-        return ConfigError(
-            f"{self.key} = {shown} is not allowed: it must be {self.what_is_allowed()}"
-        )
+    @property
+    def is_secret(self) -> bool:
+        return "secret" in self._extra
+
+    @property
+    def _extra(self) -> dict[str, Any]:
+        extra = self.field.json_schema_extra
+        return extra if isinstance(extra, dict) else {}
+
+    @property
+    def allowed(self) -> str:
+        """What it takes, in words."""
+        words = str(self._extra.get("allowed") or self._bounds() or self._kind())
+        return words + (" or none" if self.is_optional else "")
+
+    def _bounds(self) -> str:
+        bounds: dict[str, Any] = {}
+        for item in self.field.metadata:
+            for name in ("ge", "gt", "le", "lt"):
+                if (value := getattr(item, name, None)) is not None:
+                    bounds[name] = value
+        if bounds.keys() == {"ge", "le"}:
+            return f"{bounds['ge']}..{bounds['le']}"
+        words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+        return ", ".join(f"{words[name]} {value}" for name, value in bounds.items())
+
+    def _kind(self) -> str:
+        kind = self.kinds[0]
+        if self.origin is typing.Literal:
+            return "one of " + ", ".join(map(str, typing.get_args(kind)))
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            return "one of " + ", ".join(str(member.value) for member in kind)
+        return {dict: "a table", tuple: "a list of strings"}.get(self.origin) or _NOUNS[kind]
+
+    def parsed(self, text: str) -> Any:
+        """What a variable or a flag says, for pydantic to check."""
+        if self.is_optional and text.strip().lower() in ("", "none"):
+            return None
+        if self.origin is tuple and not text.lstrip().startswith("["):
+            return [part.strip() for part in text.split(",") if part.strip()]
+        return _json(text) if self.origin in (dict, tuple) else text
 
 
 def load(
@@ -120,22 +136,17 @@ def load(
     env_prefix: str,
 ) -> T:
     """The configuration from all three sources. Raises ConfigError; does no I/O."""
-    settings = {item.key: item for item in _settings(cls)}
+    keys = {str(key): key for key in _keys(cls)}
+    file = _from_toml(toml_text or "")
+    checked = (
+        _checked(cls, keys, file, "the configuration file", strict=True),
+        _checked(cls, keys, _from_environ(keys, environ, env_prefix), "the environment"),
+        _checked(cls, keys, _from_flags(keys, argv), "the flags"),
+    )
     values: dict[str, Any] = {}
-    for source in (
-        _from_toml(settings, toml_text or ""),
-        _from_environ(settings, environ, env_prefix),
-        _from_flags(settings, argv),
-    ):
-        for key, value in source:
-            if settings[key].is_table and value is not None:
-                value = (values.get(key) or {}) | value
-            values[key] = value
-    sections: dict[str, dict[str, Any]] = {name: {} for name in _section_types(cls)}
-    for key, value in values.items():
-        section, name = key.split(".")
-        sections[section][name] = value
-    return cls(**{name: made(**sections[name]) for name, made in _section_types(cls).items()})
+    for source in checked:
+        _merge(values, source.model_dump(exclude_unset=True))
+    return cls.model_validate(values)
 
 
 def read_arguments(
@@ -163,6 +174,149 @@ def read_arguments(
     return load(cls, toml_text=text, environ=environ, argv=flags, env_prefix=env_prefix)
 
 
+def redacted(config: Settings) -> dict[str, Any]:
+    """The configuration as a nested dict of JSON values, secrets replaced by `***`."""
+    shown = config.model_dump(mode="json")
+    for key in _keys(type(config)):
+        value = shown[key.section][key.name]
+        if key.is_secret and value:
+            shown[key.section][key.name] = REDACTED
+        elif key.origin is dict:  # its names are not ours, so they tell its secrets
+            for name in filter(_SECRET_NAME.search, value):
+                value[name] = REDACTED
+    return shown
+
+
+def help_text(cls: type[Settings], *, program: str, env_prefix: str) -> str:
+    """What `--help` prints: every flag, what it means, what is allowed and its default."""
+    lines = [
+        f"usage: {program} [--config FILE.toml] [--SECTION.KEY VALUE ...]",
+        "",
+        "Each key may also be in the file ([SECTION] KEY = VALUE) or in the environment "
+        f"({env_prefix}SECTION_KEY).",
+        "A flag overrides the environment, and the environment overrides the file.",
+    ]
+    section = ""
+    for key in _keys(cls):
+        if key.section != section:
+            section = key.section
+            lines += ["", f"[{section}]"]
+        default = key.field.get_default(call_default_factory=True)
+        default = json.dumps(default.value if isinstance(default, enum.Enum) else default)
+        lines.append(f"  --{key}  (default {default}; {key.allowed})")
+        lines.append(f"      {key.field.description}")
+    return "\n".join(lines)
+
+
+def _keys(cls: type[Settings]) -> Iterator[_Key]:
+    for section, field in cls.model_fields.items():
+        kind: Any = field.annotation  # a Settings, too
+        for name, inner in kind.model_fields.items():
+            yield _Key(section, name, inner)
+
+
+def _from_toml(text: str) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the configuration file is not valid TOML: {error}") from None
+    for section, table in document.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{section} in the configuration file must be in a [section]")
+    return document
+
+
+def _from_environ(
+    keys: Mapping[str, _Key], environ: Mapping[str, str], prefix: str
+) -> dict[str, Any]:
+    names = {f"{prefix}{key.section}_{key.name}".upper(): key for key in keys.values()}
+    values: dict[str, Any] = {}
+    for name, text in environ.items():
+        if not name.startswith(prefix) or name == f"{prefix}CONFIG":
+            continue
+        if name not in names:
+            raise ConfigError(f"unknown environment variable {name}{_hint(name, names)}")
+        key = names[name]
+        values.setdefault(key.section, {})[key.name] = key.parsed(text)
+    return values
+
+
+def _from_flags(keys: Mapping[str, _Key], argv: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    rest = list(argv)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"unexpected argument {flag!r}; flags are --SECTION.KEY VALUE")
+        spelled, has_value, text = flag[2:].partition("=")
+        section, _, name = spelled.partition(".")
+        name, _, entry = name.partition(".")
+        key = _find(keys, f"{section}.{name}")
+        if entry and key.origin is not dict:
+            raise ConfigError(f"unknown setting --{spelled}")
+        if not has_value:
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            elif key.origin is bool or entry:
+                text = "true"
+            else:
+                raise ConfigError(f"--{spelled} needs a value: {key.allowed}")
+        value = {entry: _json(text)} if entry else key.parsed(text)
+        _merge(values, {section: {name: value}})
+    return values
+
+
+def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Put `more` over `values`, tables within tables key by key."""
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            _merge(values[name], value)
+        else:
+            values[name] = value
+
+
+def _checked(
+    cls: type[T], keys: Mapping[str, _Key], values: dict[str, Any], where: str, strict: bool = False
+) -> T:
+    """One source's values. `strict`: a number is no string; elsewhere all comes as strings."""
+    try:
+        if strict:  # as JSON, in which a list may become a tuple and a string an Enum
+            return cls.model_validate_json(json.dumps(values, default=str), strict=True)
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise _refusal(keys, error, where) from None
+
+
+def _refusal(keys: Mapping[str, _Key], error: ValidationError, where: str) -> ConfigError:
+    """The first complaint in our words, which a user can act on."""
+    details = error.errors(include_url=False)[0]
+    location = ".".join(map(str, details["loc"][:2]))
+    key = keys.get(location)
+    if key is None:
+        return ConfigError(f"unknown setting {location}{_hint(location, keys)}")
+    shown = REDACTED if key.is_secret else repr(details["input"])
+    return ConfigError(f"{key} = {shown} is not allowed: it must be {key.allowed} (in {where})")
+
+
+def _find(keys: Mapping[str, _Key], name: str) -> _Key:
+    if name not in keys:
+        raise ConfigError(f"unknown setting {name}{_hint(name, keys)}")
+    return keys[name]
+
+
+def _hint(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+def _json(text: str) -> Any:
+    """JSON where it is JSON (numbers, true, lists), else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _credentials(environ: Mapping[str, str], prefix: str) -> dict[str, str]:
     """systemd's LoadCredential=: files whose names and texts stand for environment variables."""
     folder = environ.get("CREDENTIALS_DIRECTORY")
@@ -175,212 +329,12 @@ def _credentials(environ: Mapping[str, str], prefix: str) -> dict[str, str]:
     }
 
 
-def redacted(config: Any) -> dict[str, Any]:
-    """The configuration as a nested dict of JSON values, secrets replaced by `***`."""
-    shown: dict[str, Any] = {}
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        shown[section.name] = {
-            item.name: REDACTED
-            if item.metadata.get("secret") and getattr(values, item.name)
-            else _plain(getattr(values, item.name))
-            for item in dataclasses.fields(values)
-        }
-    return shown
-
-
-def help_text(cls: type[Any], *, program: str, env_prefix: str) -> str:
-    """What `--help` prints: every flag, what it means, what is allowed and its default."""
-    lines = [
-        f"usage: {program} [--config FILE.toml] [--SECTION.KEY VALUE ...]",
-        "",
-        f"Every key can also stand in the file ([SECTION] KEY = VALUE) or in the environment "
-        f"({env_prefix}SECTION_KEY).",
-        "A flag overrides the environment, and that the file.",
-    ]
-    section = ""
-    for item in _settings(cls):
-        if item.section != section:
-            section = item.section
-            lines += ["", f"[{section}]"]
-        default = REDACTED if item.secret and item.default else json.dumps(_plain(item.default))
-        lines.append(f"  --{item.key}  (default {default}; {item.what_is_allowed()})")
-        lines.append(f"      {item.help}")
-    return "\n".join(lines)
-
-
-def _section_types(cls: type[Any]) -> dict[str, type[Any]]:
-    hints = typing.get_type_hints(cls)
-    return {item.name: hints[item.name] for item in dataclasses.fields(cls)}
-
-
-def _settings(cls: type[Any]) -> Iterator[_Setting]:
-    for section, section_type in _section_types(cls).items():
-        hints = typing.get_type_hints(section_type)
-        for item in dataclasses.fields(section_type):
-            kind, optional = _without_none(hints[item.name])
-            made = item.default_factory
-            default = item.default if made is dataclasses.MISSING else made()
-            yield _Setting(
-                section, item.name, kind, optional, default,
-                item.metadata.get("help", ""), item.metadata.get("check"),
-                item.metadata.get("allowed", ""), item.metadata.get("secret", False),
-            )  # fmt: skip
-
-
-def _without_none(hint: Any) -> tuple[Any, bool]:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        if len(kinds) != 1:
-            raise TypeError(f"a setting cannot be of type {hint}")
-        return kinds[0], True
-    return hint, False
-
-
-def _from_toml(settings: Mapping[str, _Setting], text: str) -> Iterator[tuple[str, Any]]:
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the configuration file is not valid TOML: {error}") from None
-    for section, table in document.items():
-        if not isinstance(table, dict):
-            raise ConfigError(f"{section} in the configuration file must stand in a [section]")
-        for name, value in table.items():
-            item = _find(settings, f"{section}.{name}")
-            yield item.key, _checked(item, value)
-
-
-def _from_environ(
-    settings: Mapping[str, _Setting], environ: Mapping[str, str], prefix: str
-) -> Iterator[tuple[str, Any]]:
-    names = {f"{prefix}{item.section}_{item.name}".upper(): item for item in settings.values()}
-    for name, text in environ.items():
-        if not name.startswith(prefix) or name == f"{prefix}CONFIG":
-            continue
-        if name not in names:
-            raise ConfigError(f"unknown environment variable {name}{_hint(name, names)}")
-        yield names[name].key, _parsed(names[name], text)
-
-
-def _from_flags(settings: Mapping[str, _Setting], argv: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    rest = list(argv)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--"):
-            raise ConfigError(f"unexpected argument {flag!r}; flags are --SECTION.KEY VALUE")
-        key, has_value, text = flag[2:].partition("=")
-        section, _, name = key.partition(".")
-        name, _, entry = name.partition(".")
-        item = _find(settings, f"{section}.{name}")
-        if entry and not item.is_table:
-            raise ConfigError(f"unknown setting --{key}")
-        if not has_value:
-            if rest and not rest[0].startswith("--"):
-                text = rest.pop(0)
-            elif item.type is bool or entry:
-                text = "true"
-            else:
-                raise ConfigError(f"--{key} needs a value: {item.what_is_allowed()}")
-        yield item.key, _checked(item, {entry: _free(text)}) if entry else _parsed(item, text)
-
-
-def _find(settings: Mapping[str, _Setting], key: str) -> _Setting:
-    if key not in settings:
-        raise ConfigError(f"unknown setting {key}{_hint(key, settings)}")
-    return settings[key]
-
-
-def _hint(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
-
-
-def _parsed(item: _Setting, text: str) -> Any:
-    """A value given as text (environment or flag), checked."""
-    if item.optional and text.strip().lower() in ("", "none"):
-        return None
-    value: Any = text
-    try:
-        if item.type is bool:
-            lowered = text.strip().lower()
-            value = lowered in _TRUE if lowered in _TRUE | _FALSE else text
-        elif item.type is int:
-            value = int(text)
-        elif item.type is float:
-            value = float(text)
-        elif item.is_table:
-            value = json.loads(text)
-        elif typing.get_origin(item.type) is tuple:
-            words = text.strip()
-            value = json.loads(words) if words.startswith("[") else _split(words)
-    except ValueError:
-        raise item.refuse(text) from None
-    return _checked(item, value)
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _free(text: str) -> Any:
-    """A value of a free-form table: JSON where it is JSON (numbers, true, lists), else a string."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _checked(item: _Setting, value: Any) -> Any:
-    if value is None and item.optional:
-        return None
-    converted = _converted(item, value)
-    if converted is None or (item.check is not None and not item.check(converted)):
-        raise item.refuse(value)
-    return converted
-
-
-def _converted(item: _Setting, value: Any) -> Any:
-    """`value` as the setting's type, or None if it is of another."""
-    kind = item.type
-    if item.is_table:
-        return value if isinstance(value, dict) else None
-    if typing.get_origin(kind) is tuple:
-        fits = isinstance(value, list) and all(isinstance(part, str) for part in value)
-        return tuple(value) if fits else None
-    if choices := item.choices():
-        if not isinstance(value, str) or value not in choices:
-            return None
-        return kind(value) if isinstance(kind, type) else value
-    if kind is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if fits and math.isfinite(value) else None
-    if kind is int:
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
-    return value if isinstance(value, kind) else None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, dict):
-        # A free-form table's names are not ours, so its secrets are told by their names.
-        return {
-            key: REDACTED if _SECRET_NAME.search(str(key)) else _plain(entry)
-            for key, entry in value.items()
-        }
-    if isinstance(value, tuple | list):
-        return [_plain(entry) for entry in value]
-    return value
-
-
 def _read_file(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(
-                f"the configuration file {path} is larger than {MAX_FILE_BYTES} bytes"
-            )
-        return path.read_text(encoding="utf-8")
+            raise ConfigError(f"the file {path} is larger than {MAX_FILE_BYTES} bytes")
+        return path.read_text(encoding="utf-8-sig")  # some editors begin with a byte-order mark
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read the file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"the configuration file {path} is not UTF-8 text") from None
+        raise ConfigError(f"the file {path} is not UTF-8 text") from None

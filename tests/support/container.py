@@ -182,5 +182,9 @@ def _pip_settings() -> str:
 def _pip_folders(settings: str) -> list[str]:
     """Folders and files of this host that those settings name."""
     words = settings.replace("=", " ").split()
-    paths = {urlparse(word).path if word.startswith("file:") else word for word in words}
+    # An index refers to files beside itself.
+    paths = {
+        str(Path(urlparse(word).path).parent) if word.startswith("file:") else word
+        for word in words
+    }
     return sorted(path for path in paths if path.startswith("/") and os.path.exists(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import doctest
 from types import ModuleType
 
@@ -15,7 +14,7 @@ from edge_agent.config import SpeculationConfig
 
 # Keys that the benchmark may set and that the edge may not have yet.
 LATER_KEYS = {"split_rejection", "control"}
-KEYS = {field.name for field in dataclasses.fields(SpeculationConfig)} | LATER_KEYS
+KEYS = SpeculationConfig.model_fields.keys() | LATER_KEYS
 
 
 @pytest.fixture(params=SUITES)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from pydantic import Field
 
 from picospec import config
-from picospec.config import setting
+from picospec.config import Settings, secret
 from picospec.errors import ConfigError
 
 
@@ -19,27 +19,24 @@ class Mode(enum.Enum):
     SAFE = "safe"
 
 
-@dataclass(frozen=True, slots=True)
-class ServerSection:
-    host: str = setting("127.0.0.1", "address")
-    port: int = setting(8080, "TCP port", check=lambda v: 0 <= v <= 65535, allowed="0..65535")
-    token: str | None = setting(None, "bearer token", secret=True)
-    verbose: bool = setting(False, "say more")
+class ServerSection(Settings):
+    host: str = Field("127.0.0.1", description="address")
+    port: int = Field(8080, ge=0, le=65535, description="TCP port")
+    token: str | None = secret(None, description="bearer token")
+    verbose: bool = Field(False, description="say more")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSection:
-    mode: Mode = setting(Mode.FAST, "how")
-    level: Literal["low", "high"] = setting("low", "how much")
-    timeout_s: float = setting(1.0, "wait", check=lambda v: v > 0, allowed="a number above 0")
-    names: tuple[str, ...] = setting((), "names")
-    args: dict[str, Any] = setting({}, "free-form")
+class EngineSection(Settings):
+    mode: Mode = Field(Mode.FAST, description="how")
+    level: Literal["low", "high"] = Field("low", description="how much")
+    timeout_s: float = Field(1.0, gt=0, description="wait")
+    names: tuple[str, ...] = Field((), description="names")
+    args: dict[str, Any] = Field({}, description="free-form")
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
-    server: ServerSection
-    engine: EngineSection
+class Config(Settings):
+    server: ServerSection = ServerSection()
+    engine: EngineSection = EngineSection()
 
 
 def load(
@@ -51,7 +48,7 @@ def load(
 
 
 def test_defaults() -> None:
-    assert load() == Config(ServerSection(), EngineSection())
+    assert load() == Config(server=ServerSection(), engine=EngineSection())
 
 
 def test_flags_override_environment_overrides_file() -> None:
@@ -62,7 +59,9 @@ def test_flags_override_environment_overrides_file() -> None:
 
 
 def test_every_type_from_every_source() -> None:
-    expected = EngineSection(Mode.SAFE, "high", 2.0, ("a", "b"), {"n": 1})
+    expected = EngineSection(
+        mode=Mode.SAFE, level="high", timeout_s=2.0, names=("a", "b"), args={"n": 1}
+    )
     toml = (
         "[engine]\nmode='safe'\nlevel='high'\ntimeout_s=2\nnames=['a','b']\n[engine.args]\nn = 1\n"
     )
