@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
-_MAX_CHARACTER_TOKENS = 4  # UTF-8 has at most 4 bytes a character, a token at least one
+_MAX_CHARACTER_TOKENS = 4  # UTF-8 has at most 4 bytes per character, a token has at least one
 _WINDOW = 16  # tokens decoded at a time before the oldest are let go
 _PROMPT_TAIL = 5
 

@@ -20,7 +20,7 @@ PLACES = 8  # the last stands for all beyond
 ACCEPTANCE_PRIOR, ACCEPTANCE_PRIOR_WEIGHT = 0.7, 2.0
 PLACE_PRIOR_WEIGHT = 20.0  # of the mean over all places, in each
 SLOPE_PRIOR = 0.06  # of a draft in a step's cost, over the cost without any
-SPREAD_MIN, SPREAD_MIN_A_STEP = 4.0, 0.2  # squared drafts, to measure that slope
+SPREAD_MIN, SPREAD_PER_STEP_MIN = 4.0, 0.2  # squared drafts, to measure that slope
 LOAD_CHANGE = 1.25  # of the base: more makes the slope doubtful
 
 
@@ -106,7 +106,7 @@ class VerifyCostEstimate:
         """Where the steps differ enough in their drafts to tell it."""
         step_ms, drafts = self.steps.mean(), self.drafts.mean()
         spread = self.squares.mean() - drafts**2
-        if spread * self.steps.weight < SPREAD_MIN or spread < SPREAD_MIN_A_STEP:
+        if spread * self.steps.weight < SPREAD_MIN or spread < SPREAD_PER_STEP_MIN:
             return
         slope_ms = (self.products.mean() - drafts * step_ms) / spread
         slope_ms = min(max(slope_ms, 0.0), step_ms / (1.0 + drafts))
@@ -118,7 +118,7 @@ class LiveEstimates:
     """Of one edge: its drafter, its link, its cloud. Shared by its generations."""
 
     def __init__(self) -> None:
-        self._drafting = DecayingMean()  # ms a token
+        self._drafting = DecayingMean()  # ms per token
         self._round_trip = DecayingMean()  # ms
         self._contention = DecayingMean()  # ms, 0 without evidence
         self._verify = VerifyCostEstimate()

@@ -70,7 +70,7 @@ class Generator(Protocol):
 
 @dataclass
 class ScriptedGenerator:
-    """A double: every generation yields `token_ids` one a chunk, then `finish_reason`.
+    """A double: every generation yields `token_ids`, one per chunk, then `finish_reason`.
 
     With `error`, it is raised after `error_after` chunks.
     """

@@ -228,7 +228,7 @@ class TextBody(CompletionBody):
             raise RequestError("The prompt is empty.", "prompt", "empty_prompt")
         if isinstance(value, list) and isinstance(value[0], str | list):
             raise RequestError(
-                "Only one prompt a request is supported.", "prompt", "unsupported_value"
+                "Only one prompt per request is supported.", "prompt", "unsupported_value"
             )
         is_tokens = isinstance(value, list) and all(type(entry) is int for entry in value)
         if not isinstance(value, str) and not is_tokens:

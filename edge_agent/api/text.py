@@ -15,7 +15,7 @@ from picospec.protocol.messages import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """The text of newly committed tokens, one entry a token that yields any.
+    """The text of newly committed tokens, one entry per token that yields any.
 
     The last chunk of a generation has a finish_reason.
     """

@@ -1,6 +1,6 @@
 """The engine's side of a session: drafts that wait for their verdict.
 
-A `DraftQueue` lives in the engine's process, one for each session, and applies the laws of
+A `DraftQueue` lives in the engine's process, one for each session, and applies the rules of
 docs/protocol.md against what is really committed at that moment:
 1. Drafts stay here until they are judged. `take` only looks, so preemption loses nothing.
 2. Where a queued draft overlaps a committed position it must equal it; otherwise the rest of

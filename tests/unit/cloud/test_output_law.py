@@ -35,7 +35,7 @@ START = WIDTH
 Offer = Callable[[RejectionSampler, Rejection, int], int | None]
 
 
-def law_of(
+def params_of(
     mode: VerificationMode, params: SamplingParams | None = None, exact: bool = True
 ) -> VerificationParams:
     return VerificationParams(mode, params or SamplingParams(), exact, SPARSE_K, WIDTH)
@@ -45,21 +45,21 @@ class Chain:
     """Generates tokens as both daemons would: as many drafts as are wanted, then what is left."""
 
     def __init__(
-        self, law: VerificationParams, length: int = 2, offer: Offer = RejectionSampler.offer
+        self, params: VerificationParams, length: int = 2, offer: Offer = RejectionSampler.offer
     ) -> None:
-        self._law = law
+        self._params = params
         self._length = length
         self._offer = offer
-        self._drafter = [process(row, law.sampling, NONE, NONE) for row in DRAFTER]
+        self._drafter = [process(row, params.sampling, NONE, NONE) for row in DRAFTER]
         self._rows = torch.from_numpy(TARGET)
 
     def generate(self, seed: int) -> tuple[int, ...]:
         """The first `length` tokens of the generation with this seed."""
-        params = dataclasses.replace(self._law.sampling, seed=seed)
-        law = dataclasses.replace(self._law, sampling=params)
+        sampling = dataclasses.replace(self._params.sampling, seed=seed)
+        params = dataclasses.replace(self._params, sampling=sampling)
         context = [START]
         while (num_drafts := self._length + 1 - len(context)) > 0:
-            context += self._round(law, context, num_drafts)
+            context += self._round(params, context, num_drafts)
         return tuple(context[1 : self._length + 1])
 
     def counts(self, num_samples: int) -> NDArray[np.int64]:
@@ -69,16 +69,16 @@ class Chain:
             counts[self.generate(seed)] += 1
         return counts
 
-    def _round(self, law: VerificationParams, context: list[int], num_drafts: int) -> list[int]:
+    def _round(self, params: VerificationParams, context: list[int], num_drafts: int) -> list[int]:
         """What one verification commits after `context`: drafts, then a token of either side."""
-        seed, base = law.sampling.seed, len(context) - 1
-        purpose = Purpose.DRAFT if law.mode is SPLIT else Purpose.COUPLED
+        seed, base = params.sampling.seed, len(context) - 1
+        purpose = Purpose.DRAFT if params.mode is SPLIT else Purpose.COUPLED
         chain, probs = context[-1:], []
         for position in range(base, base + num_drafts):
             drafter = self._drafter[chain[-1]]
             chain.append(draw(drafter, seed, position, purpose))
             probs.append(drafter.prob(chain[-1]))
-        step = verify(self._rows[chain], law, base, chain[1:], probs)
+        step = verify(self._rows[chain], params, base, chain[1:], probs)
         tokens = [*chain[1 : step.num_accepted + 1], *step.token_ids]
         attempt, offered = 0, step.rejection
         while offered is not None:
@@ -90,7 +90,7 @@ class Chain:
             attempt += 1
             rows = self._rows[before : before + 1]
             offered = verify(
-                rows, law, position, [], [], step=StepKind.PROBE, attempt=attempt
+                rows, params, position, [], [], step=StepKind.PROBE, attempt=attempt
             ).rejection
         return tokens
 
@@ -121,7 +121,7 @@ FILTERED = SamplingParams(temperature=1.2, top_k=9, top_p=0.9)
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [SPLIT, COUPLED])
 def test_pairs_follow_the_targets_law(mode: VerificationMode) -> None:
-    counts = Chain(law_of(mode)).counts(NUM_SAMPLES)
+    counts = Chain(params_of(mode)).counts(NUM_SAMPLES)
     law = pair_law(SamplingParams())
     assert chisquare_pvalue(counts.sum(1), law.sum(1)) > 1e-3
     assert chisquare_pvalue(counts, law) > 1e-3
@@ -129,7 +129,7 @@ def test_pairs_follow_the_targets_law(mode: VerificationMode) -> None:
 
 @pytest.mark.slow
 def test_tokens_follow_the_targets_filtered_law() -> None:
-    chain = Chain(law_of(SPLIT, FILTERED), length=1)
+    chain = Chain(params_of(SPLIT, FILTERED), length=1)
     assert chisquare_pvalue(chain.counts(NUM_SAMPLES), pair_law(FILTERED).sum(1)) > 1e-3
 
 
@@ -149,12 +149,12 @@ def flip_again(sampler: RejectionSampler, offered: Rejection, attempt: int) -> i
 
 
 def test_the_same_test_rejects_truncation() -> None:
-    chain = Chain(law_of(SPLIT, exact=False))
+    chain = Chain(params_of(SPLIT, exact=False))
     assert chisquare_pvalue(chain.counts(NUM_SAMPLES // 10), pair_law(SamplingParams())) < 1e-6
 
 
 @pytest.mark.slow
 def test_the_same_test_rejects_a_second_flip() -> None:
-    chain = Chain(law_of(SPLIT), length=1, offer=flip_again)
+    chain = Chain(params_of(SPLIT), length=1, offer=flip_again)
     counts = chain.counts(NUM_SAMPLES)
     assert chisquare_pvalue(counts, pair_law(SamplingParams()).sum(1)) < 1e-6

@@ -30,7 +30,7 @@ NONE = EMPTY_TOKENS
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
-def law_of(
+def params_of(
     mode: VerificationMode = SPLIT,
     sampling: SamplingParams | None = None,
     exact: bool = True,
@@ -103,7 +103,7 @@ def test_logits_without_a_law_are_refused(bad: list[float], name: str) -> None:
     with pytest.raises(NumericalError, match="do not define a probability distribution"):
         process_on_device(torch.tensor(bad), PARAMS[name], NONE, NONE)
     with pytest.raises(NumericalError, match="do not define a probability distribution"):
-        verify(torch.tensor([bad]), law_of(COUPLED, PARAMS[name], width=2), 0, [], [])
+        verify(torch.tensor([bad]), params_of(COUPLED, PARAMS[name], width=2), 0, [], [])
 
 
 # ------------------------------------------------------------------ what a Rejection holds
@@ -186,10 +186,10 @@ SURE_PENALISED = SamplingParams(temperature=0.0, repetition_penalty=1.01)
 def test_sure_drafts(params: SamplingParams, drafts: list[int], num_accepted: int) -> None:
     best = [3, 5, 7, 9]
     logits = rows_of(*best[: len(drafts) + 1])
-    step = verify(logits, law_of(COUPLED, params), 10, drafts, [])
+    step = verify(logits, params_of(COUPLED, params), 10, drafts, [])
     assert (step.num_accepted, step.token_ids) == (num_accepted, (best[num_accepted],))
     assert step.rejection is None
-    step = verify(logits, law_of(SPLIT, params), 10, drafts, [1.0] * len(drafts))
+    step = verify(logits, params_of(SPLIT, params), 10, drafts, [1.0] * len(drafts))
     assert (step.num_accepted, step.token_ids) == (num_accepted, ())
     if num_accepted == len(drafts):
         assert step.rejection is None
@@ -203,15 +203,15 @@ def test_sure_drafts(params: SamplingParams, drafts: list[int], num_accepted: in
 def test_steps_without_drafts(params: SamplingParams) -> None:
     logits = rows_of(3)
     for kind in StepKind:
-        step = verify(logits, law_of(COUPLED, params), 10, [], [], step=kind)
+        step = verify(logits, params_of(COUPLED, params), 10, [], [], step=kind)
         assert step.token_ids == (3,)
-    first = verify(logits, law_of(SPLIT, params), 10, [], [], step=StepKind.FIRST)
+    first = verify(logits, params_of(SPLIT, params), 10, [], [], step=StepKind.FIRST)
     assert (first.token_ids, first.rejection) == ((3,), None)
-    probe = verify(logits, law_of(SPLIT, params), 10, [], [], step=StepKind.PROBE, attempt=2)
+    probe = verify(logits, params_of(SPLIT, params), 10, [], [], step=StepKind.PROBE, attempt=2)
     assert probe.token_ids == ()
     assert probe.rejection is not None
     assert probe.rejection.token_ids.tolist() == [3]
-    nothing = verify(logits, law_of(SPLIT, params), 10, [], [])
+    nothing = verify(logits, params_of(SPLIT, params), 10, [], [])
     assert (nothing.num_accepted, nothing.token_ids, nothing.rejection) == (0, (), None)
 
 
@@ -219,7 +219,7 @@ def test_draws_use_their_own_noise() -> None:
     logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(0))
     params = SamplingParams(seed=6)
     target = distribution.process(logits[0].numpy(), params, NONE, NONE)
-    split, coupled = law_of(SPLIT, params, width=500), law_of(COUPLED, params, width=500)
+    split, coupled = params_of(SPLIT, params, width=500), params_of(COUPLED, params, width=500)
     first = verify(logits, split, 31, [], [], step=StepKind.FIRST)
     assert first.token_ids == (draw(target, 6, 31, Purpose.FIRST),)
     shared = verify(logits, coupled, 31, [], [])
@@ -235,29 +235,29 @@ def test_draws_use_their_own_noise() -> None:
 def test_coupled_accepts_exactly_what_it_would_draw() -> None:
     """With the drafter equal to the target every draft is accepted; the text is the same."""
     logits = torch.randn(6, 200, generator=torch.Generator().manual_seed(1))
-    law = law_of(COUPLED, SamplingParams(seed=9, top_p=0.95), width=200)
+    shared = params_of(COUPLED, SamplingParams(seed=9, top_p=0.95), width=200)
     alone = [
-        verify(logits[i : i + 1], law, 20 + i, [], []).token_ids[0] for i in range(len(logits))
+        verify(logits[i : i + 1], shared, 20 + i, [], []).token_ids[0] for i in range(len(logits))
     ]
-    step = verify(logits, law, 20, alone[:5], [])
+    step = verify(logits, shared, 20, alone[:5], [])
     assert (step.num_accepted, step.token_ids) == (5, (alone[5],))
     wrong = [*alone[:3], (alone[3] + 1) % 200, alone[4]]
-    step = verify(logits, law, 20, wrong, [])
+    step = verify(logits, shared, 20, wrong, [])
     assert (step.num_accepted, step.token_ids) == (3, (alone[3],))
 
 
 def test_nothing_after_the_first_rejection_is_looked_at() -> None:
     logits = rows_of(3, 5, 7)
     logits[2] = math.nan
-    assert verify(logits, law_of(SPLIT), 0, [3, 6], [1.0, 1.0]).num_accepted == 1
-    assert verify(logits, law_of(COUPLED), 0, [3, 6], []).token_ids == (5,)
+    assert verify(logits, params_of(SPLIT), 0, [3, 6], [1.0, 1.0]).num_accepted == 1
+    assert verify(logits, params_of(COUPLED), 0, [3, 6], []).token_ids == (5,)
 
 
 def test_padding_and_surplus_rows_are_ignored() -> None:
     logits = rows_of(3, 5, 7, width=20)
     logits[:, 16:] = 90.0
     for params in (GREEDY, SURE):
-        assert verify(logits, law_of(COUPLED, params), 0, [3], []).token_ids == (5,)
+        assert verify(logits, params_of(COUPLED, params), 0, [3], []).token_ids == (5,)
 
 
 def test_penalties_see_the_drafts_before_a_row() -> None:
@@ -266,11 +266,11 @@ def test_penalties_see_the_drafts_before_a_row() -> None:
     logits[:, 3], logits[:, 5], logits[:, 7] = 2.5, 1.5, 0.75
     params = SamplingParams(temperature=0.0, presence_penalty=2.0)
     untouched = logits.clone()
-    step = verify(logits, law_of(COUPLED, params), 4, [3, 5], [], NONE, NONE)
+    step = verify(logits, params_of(COUPLED, params), 4, [3, 5], [], NONE, NONE)
     assert (step.num_accepted, step.token_ids) == (2, (7,))
-    step = verify(logits, law_of(COUPLED, params), 4, [3, 5], [], NONE, np.array([3]))
+    step = verify(logits, params_of(COUPLED, params), 4, [3, 5], [], NONE, np.array([3]))
     assert (step.num_accepted, step.token_ids) == (0, (5,))
-    step = verify(logits, law_of(SPLIT, params), 4, [3, 3], [1.0, 1.0], NONE, NONE)
+    step = verify(logits, params_of(SPLIT, params), 4, [3, 3], [1.0, 1.0], NONE, NONE)
     assert step.num_accepted == 1
     assert step.rejection is not None
     assert step.rejection.token_ids.tolist() == [5]
@@ -279,13 +279,13 @@ def test_penalties_see_the_drafts_before_a_row() -> None:
 
 def test_greedy_honours_the_bias() -> None:
     params = SamplingParams(temperature=0.0, logit_bias=((3, -100.0), (5, 1.0)))
-    assert verify(rows_of(3, 3), law_of(COUPLED, params), 0, [5], []).num_accepted == 1
+    assert verify(rows_of(3, 3), params_of(COUPLED, params), 0, [5], []).num_accepted == 1
 
 
 def test_a_draft_beyond_the_width_is_rejected() -> None:
-    assert verify(rows_of(3, 5), law_of(SPLIT), 0, [400], [0.5]).num_accepted == 0
+    assert verify(rows_of(3, 5), params_of(SPLIT), 0, [400], [0.5]).num_accepted == 0
 
 
 def test_half_precision_logits_are_judged_too() -> None:
     logits = rows_of(3, 5).to(torch.bfloat16)
-    assert verify(logits, law_of(COUPLED), 0, [3], []).token_ids == (5,)
+    assert verify(logits, params_of(COUPLED), 0, [3], []).token_ids == (5,)

@@ -175,14 +175,14 @@ def test_a_round_and_a_rejection_are_as_small_as_the_papers() -> None:
 
 @pytest.mark.parametrize("largest", [1, 65_535, 65_536, 2**31 - 1])
 def test_a_laws_ids_survive_the_wire_whatever_their_width(largest: int) -> None:
-    law = Rejection(np.array([largest, 0], np.int32), np.array([0.5, 0.5], np.float32))
-    verdict = Verdict(0, 3, rejection=law)
+    rejection = Rejection(np.array([largest, 0], np.int32), np.array([0.5, 0.5], np.float32))
+    verdict = Verdict(0, 3, rejection=rejection)
     assert plain(cloud_over_the_wire(verdict)) == plain(verdict)
 
 
 def test_ids_beyond_31_bits_arrive_as_negative_ones() -> None:
-    law = pb.Rejection(token_ids=b"\xff" * 4, probs=np.ones(1, "<f4").tobytes())
-    verdict = codec.decode_cloud(pb.GenerateResponse(verdict=pb.Verdict(rejection=law)))
+    message = pb.Rejection(token_ids=b"\xff" * 4, probs=np.ones(1, "<f4").tobytes())
+    verdict = codec.decode_cloud(pb.GenerateResponse(verdict=pb.Verdict(rejection=message)))
     assert isinstance(verdict, Verdict)
     assert verdict.rejection is not None
     assert verdict.rejection.token_ids.tolist() == [-1]

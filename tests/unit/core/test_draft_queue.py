@@ -1,4 +1,4 @@
-"""The engine's queue of drafts: laws 2 to 4 against what is really committed."""
+"""The engine's queue of drafts: rules 2 to 4 against what is really committed."""
 
 from __future__ import annotations
 

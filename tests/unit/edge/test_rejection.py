@@ -119,20 +119,20 @@ def output_law(
     exact: bool = True,
 ) -> np.ndarray:
     """The law of one position's committed token, after a draft from `drafter`."""
-    law = VerificationParams(VerificationMode.SPLIT, SamplingParams(), exact, sparse_k, 3)
+    params = VerificationParams(VerificationMode.SPLIT, SamplingParams(), exact, sparse_k, 3)
     judged = TargetDistribution(None, torch.from_numpy(target))
     monkeypatch.setattr(verification, "process", lambda *_: judged)
     logits = torch.zeros(2, 3)
     draft_law = Distribution(None, drafter)
 
     def probe(attempt: int) -> int | None:
-        step = verify(logits, law, POSITION, [], [], step=StepKind.PROBE, attempt=attempt)
+        step = verify(logits, params, POSITION, [], [], step=StepKind.PROBE, attempt=attempt)
         assert step.rejection is not None
         return RejectionSampler(0, POSITION, draft_law).offer(step.rejection, attempt)
 
     def first_round() -> int | None:
         draft = oracle.race(drafter, None, Purpose.DRAFT)
-        step = verify(logits, law, POSITION, [draft], [float(drafter[draft])])
+        step = verify(logits, params, POSITION, [draft], [float(drafter[draft])])
         if step.num_accepted:
             return draft
         assert step.rejection is not None
