@@ -7,7 +7,7 @@ runner compares it with what the groups really took and shortens those that are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from bench.scenarios import Condition, Group, Suite, System
 from bench.systems import network_of, scheme_of
@@ -24,29 +24,14 @@ WARM_UP_TOKENS = 8
 COSTS = {case.name: case for case in cases(DEFAULT_COSTS)}
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    group: str
-    generations: int
-    seconds: float
-
-
-def estimate(suite: Suite) -> list[Estimate]:
-    """One for each group, in order; start-up and costs are in `total_s`."""
-    return [
-        Estimate(
-            group.name,
-            group.num_prompts * (len(group.conditions) + 1),
-            group.num_prompts * repetition_s(group),
-        )
-        for group in suite.groups
-    ]
+def estimated_s(group: Group) -> float:
+    return group.num_prompts * repetition_s(group)
 
 
 def total_s(suite: Suite) -> float:
-    groups_s = sum(each.seconds for each in estimate(suite))
+    """Start-up and costs included."""
     fixed_s = STARTUP_S + (suite.cost_cycles + 1) * COST_CYCLE_S
-    return fixed_s + len(suite.groups) * SLOWNESS_S + groups_s
+    return fixed_s + len(suite.groups) * SLOWNESS_S + sum(map(estimated_s, suite.groups))
 
 
 def repetition_s(group: Group) -> float:
@@ -99,9 +84,9 @@ def affordable(
 def show(suite: Suite, say: Callable[[str], None] = print) -> None:
     """The plan, one line per group."""
     say(f"suite {suite.name}, at most {suite.budget_min:g} min:")
-    for group, each in zip(suite.groups, estimate(suite), strict=True):
+    for group in suite.groups:
         say(
             f"  {group.name:<14} {len(group.conditions):3d} conditions x {group.num_prompts} "
-            f"prompts x {group.max_tokens} tokens  about {each.seconds / 60:5.1f} min"
+            f"prompts x {group.max_tokens} tokens  about {estimated_s(group) / 60:5.1f} min"
         )
     say(f"  start-up, costs and all: about {total_s(suite) / 60:.1f} min")

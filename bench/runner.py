@@ -10,7 +10,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -18,13 +18,12 @@ from typing import TypeVar
 from bench import costs, plan
 from bench.bed import Bed, laid_out
 from bench.machine import description
-from bench.prompts import Prompt, own_prompts, sample
+from bench.prompts import own_prompts, sample
 from bench.results import ConditionResult, Costs, GroupResult, Record, Result
 from bench.scenarios import Condition, Group, Suite, System
 from bench.spreads import first_difference
 from bench.systems import Task, configured, generate, prompt_tokens
 from picospec.errors import ConfigError
-from picospec.protocol.messages import TokenArray
 
 SEED = 20260319
 SLOWNESS_CYCLES = 3
@@ -87,7 +86,7 @@ async def run(
         result.settings = bed.settings
         session = _Run(bed, suite, say, started_s)
         await session.warm_up()
-        result.costs = await costs.measure(bed, session.prompts[0].token_ids, suite.cost_cycles)
+        result.costs = await costs.measure(bed, session.prompts[0], suite.cost_cycles)
         say(f"costs: {result.costs}")
         session.costs, bed.verify_ms = result.costs, result.costs.alone_ms
         for number, group in enumerate(suite.groups):
@@ -95,12 +94,6 @@ async def run(
             result.wall_s = time.monotonic() - started_s
             keep(result)
     return result
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Tokenized:
-    prompt: Prompt
-    token_ids: TokenArray
 
 
 class _Run:
@@ -115,10 +108,8 @@ class _Run:
         self._spent_s = 0.0
         self.costs = Costs()
         count = max(group.num_prompts for group in suite.groups)
-        self.prompts = [
-            _Tokenized(prompt, prompt_tokens(bed, prompt.prompt))
-            for prompt in sample(own_prompts(), count, SEED)
-        ]
+        self._prompts = sample(own_prompts(), count, SEED)
+        self.prompts = [prompt_tokens(bed, each.prompt) for each in self._prompts]  # tokenized
 
     async def warm_up(self) -> None:
         """A short text by every system and draft: code is loaded, kernels are chosen."""
@@ -129,7 +120,7 @@ class _Run:
                 continue
             seen.add(key)
             here = replace(condition, rtt_ms=0.0, kbit_s=None)
-            task = Task("warm-up", self.prompts[0].token_ids, plan.WARM_UP_TOKENS, seed=1)
+            task = Task("warm-up", self.prompts[0], plan.WARM_UP_TOKENS, seed=1)
             record = await generate(self._bed, here, task)
             if record.error:
                 raise RuntimeError(f"warm-up of {condition.name}: {record.error}")
@@ -143,7 +134,7 @@ class _Run:
         await self._bed.set_link(rtt_ms, kbit_s)
         for result in results:
             result.round_trip_ms = self._bed.round_trip_ms
-        prompt = self.prompts[0].token_ids
+        prompt = self.prompts[0]
         slowness = await costs.slowness(self._bed, prompt, self.costs, SLOWNESS_CYCLES)
         self._say(f"{group.name}: slowness {slowness}")
         for repetition in range(num_prompts):
@@ -155,13 +146,16 @@ class _Run:
         return GroupResult(group.name, group.max_tokens, results, wall_s, slowness)
 
     async def _repeat(self, repetition: int, group: Group, results: list[ConditionResult]) -> None:
-        prompt = self.prompts[repetition]
         reference: list[int] | None = None  # the baseline's text
         baseline, *others = results
         for order, result in enumerate(in_order(others, baseline, repetition)):
             condition = result.condition
             task = Task(
-                prompt.prompt.id, prompt.token_ids, group.max_tokens, SEED + repetition, order
+                prompt_id=self._prompts[repetition].id,
+                prompt_token_ids=self.prompts[repetition],
+                max_tokens=group.max_tokens,
+                seed=SEED + repetition,
+                order=order,
             )
             record = await generate(self._bed, condition, task)
             if not record.error and owes_baseline(condition):
@@ -175,11 +169,10 @@ class _Run:
 
     def _affordable(self, number: int, group: Group, now_s: float) -> int:
         pace = self._spent_s / self._estimated_s if self._estimated_s else 1.0
-        estimates = plan.estimate(self._suite)[number:]
         return plan.affordable(
             group.num_prompts,
-            estimates[0].seconds,
-            sum(each.seconds for each in estimates[1:]),
+            plan.estimated_s(group),
+            sum(map(plan.estimated_s, self._suite.groups[number + 1 :])),
             max(pace, 0.1),
             self._ends_s - now_s,
         )
