@@ -16,8 +16,8 @@ from picospec.errors import (
     PicoSpecError,
     RemoteProtocolError,
     RequestError,
-    grpc_status,
 )
+from picospec.protocol.errors import status_of
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -28,7 +28,7 @@ STATUS_TIMEOUT_S = 5.0
 
 def to_status(error: PicoSpecError) -> status_pb2.Status:
     """`error` with BadRequest (which field) or RetryInfo (when to try again)."""
-    code = grpc.StatusCode[grpc_status(error)].value[0]
+    code = grpc.StatusCode[status_of(error)].value[0]
     status = status_pb2.Status(code=code, message=str(error))
     for detail in _details(error):
         packed = any_pb2.Any()

@@ -1,13 +1,12 @@
 """The link to the cloud: one gRPC channel, one stream for each generation.
 
 The rules of this file:
-1. `send` never blocks: frames wait in a bounded queue; when it overflows the stream is lost. What
-   waits there of an older epoch is dropped when a newer one begins.
+1. `send` never blocks: frames wait in a bounded outbox; when it overflows the stream is lost.
 2. Every wait has an end: connecting, a question's answer, a connection that fell silent
    (keepalive).
 3. `aclose` frees the stream at once, here and in the cloud.
-4. gRPC's failures leave as ours (`_STATUS_ERRORS`); those that are CloudUnavailable may be
-   resumed on a new stream.
+4. gRPC's failures leave as ours (`picospec/protocol/errors.py`); those that are CloudUnavailable
+   may be resumed on a new stream.
 
 `Link` and `Stream` are the seam to the pipeline, `ScriptedLink` the double.
 """
@@ -17,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,18 +28,15 @@ import grpc
 
 from picospec import PROTOCOL_VERSION
 from picospec.errors import (
-    CapacityError,
     CloudUnavailable,
     ConfigError,
     PicoSpecError,
-    RemoteOrderError,
-    RemoteProtocolError,
 )
 from picospec.protocol import codec, validation
-from picospec.protocol.messages import CloudFrame, Draft, EdgeFrame, ModelCard
+from picospec.protocol.errors import error_of_status
+from picospec.protocol.messages import CloudFrame, EdgeFrame, ModelCard
+from picospec.protocol.outbox import Outbox, OutboxFull
 
-MAX_PENDING_FRAMES = 1024
-_UNDROPPABLE = -1  # stands for the epoch of a frame that must go out
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 KEEPALIVE_TIME_S = 10.0  # of silence, then a ping; the cloud allows one in 5 s
 KEEPALIVE_TIMEOUT_S = 5.0
@@ -62,20 +57,6 @@ _OPTIONS = (
     ("grpc.enable_retries", 0),  # a generation resumes by itself, with what it knows
     ("grpc.use_local_subchannel_pool", 1),
 )
-
-# Statuses not listed (UNAVAILABLE, RST_STREAM's INTERNAL and CANCELLED ...) mean that the stream
-# is lost for reasons of its own, and may be taken up again.
-_STATUS_ERRORS: dict[grpc.StatusCode, type[PicoSpecError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: RemoteProtocolError,
-    grpc.StatusCode.OUT_OF_RANGE: RemoteProtocolError,
-    grpc.StatusCode.FAILED_PRECONDITION: RemoteOrderError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: CapacityError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: CloudUnavailable,
-    # The operator's to mend, not the caller's.
-    grpc.StatusCode.UNAUTHENTICATED: ConfigError,
-    grpc.StatusCode.PERMISSION_DENIED: ConfigError,
-    grpc.StatusCode.UNIMPLEMENTED: ConfigError,
-}
 
 
 class Stream(Protocol):
@@ -184,29 +165,17 @@ class LinkStream:
         self._on_closed = on_closed
         self._connected = False
         self._overflowed = False
-        self._encoder = codec.EdgeEncoder()
-        self._pending: deque[tuple[int, bytes]] = deque()  # (epoch if it may be dropped, payload)
-        self._epoch = -1  # of the newest draft sent
+        self._outbox = Outbox()
         self._has_pending = asyncio.Event()
         self._writer = asyncio.create_task(self._write(), name="link-writer")
 
     def send(self, frame: EdgeFrame) -> None:
-        epoch = _UNDROPPABLE
-        if isinstance(frame, Draft):
-            if frame.epoch > self._epoch:
-                # The first frame of an epoch stays: epochs must be seen one after the other. It
-                # names its place, so what is dropped before it is not missed in decoding.
-                self._epoch = frame.epoch
-                self._pending = deque(
-                    waiting for waiting in self._pending if waiting[0] == _UNDROPPABLE
-                )
-            else:
-                epoch = frame.epoch
-        if len(self._pending) >= MAX_PENDING_FRAMES:
+        try:
+            self._outbox.put(frame)
+        except OutboxFull:
             self._overflowed = True
             self._call.cancel()
             return
-        self._pending.append((epoch, self._encoder.to_bytes(frame)))
         self._has_pending.set()
 
     async def receive(self) -> CloudFrame | None:
@@ -226,7 +195,7 @@ class LinkStream:
             raise CloudUnavailable(f"The cloud at {self._address} takes no more frames") from None
         if code is grpc.StatusCode.OK:
             return None
-        raise status_error(code, await self._call.details() or "", self._address)
+        raise error_of_status(code.name, await self._call.details() or "", self._address)
 
     async def aclose(self) -> None:
         self._call.cancel()
@@ -251,27 +220,17 @@ class LinkStream:
         # Whatever fails here fails the call, and `receive` says so.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
-                while not self._pending:
+                while not self._outbox:
                     self._has_pending.clear()
                     await self._has_pending.wait()
-                _, payload = self._pending.popleft()
+                payload = self._outbox.take()
                 await self._call.write(payload)
                 self.bytes_up += len(payload)
 
 
 def error_of(error: grpc.aio.AioRpcError, address: str) -> PicoSpecError:
     """The failure of a call as ours."""
-    return status_error(error.code(), error.details() or "", address)
-
-
-def status_error(code: grpc.StatusCode, details: str, address: str) -> PicoSpecError:
-    """The failure with this status as ours."""
-    error_type = _STATUS_ERRORS.get(code, CloudUnavailable)
-    if error_type is CloudUnavailable:
-        return CloudUnavailable(f"The cloud at {address} is not available: {details or code.name}")
-    if error_type is ConfigError:
-        return ConfigError(f"The cloud at {address} refuses this edge: {details or code.name}")
-    return error_type(details or code.name)
+    return error_of_status(error.code().name, error.details() or "", address)
 
 
 def _channel(address: str, tls_ca: str | None) -> grpc.aio.Channel:

@@ -12,7 +12,8 @@
     ├── NumericalError      a model's logits do not define a probability distribution
     └── DrafterFailed       the drafter's process died or its backend failed
 
-`GRPC_STATUS` and `HTTP_STATUS` are the only places where a failure becomes a status code.
+How a failure travels: as an HTTP status by `HTTP_STATUS`, as a gRPC status by the tables of
+`picospec/protocol/errors.py`.
 """
 
 from __future__ import annotations
@@ -95,19 +96,7 @@ class DrafterFailed(PicoSpecError):
     """The drafter could not draft."""
 
 
-# Looked up along the class's bases; names as in grpc.StatusCode.
-GRPC_STATUS: dict[type[PicoSpecError], str] = {
-    RemoteOrderError: "FAILED_PRECONDITION",
-    RemoteProtocolError: "INVALID_ARGUMENT",
-    RequestError: "INVALID_ARGUMENT",
-    ModelMismatch: "FAILED_PRECONDITION",
-    Unauthenticated: "UNAUTHENTICATED",
-    CapacityError: "RESOURCE_EXHAUSTED",
-    CloudUnavailable: "UNAVAILABLE",
-    DeadlineExceeded: "DEADLINE_EXCEEDED",
-    PicoSpecError: "INTERNAL",
-}
-
+# Looked up along the class's bases.
 HTTP_STATUS: dict[type[PicoSpecError], int] = {
     UnknownModel: 404,
     RequestError: 400,
@@ -119,11 +108,6 @@ HTTP_STATUS: dict[type[PicoSpecError], int] = {
     DeadlineExceeded: 504,
     PicoSpecError: 500,
 }
-
-
-def grpc_status(error: PicoSpecError) -> str:
-    """The gRPC status name for `error`."""
-    return next(GRPC_STATUS[cls] for cls in type(error).__mro__ if cls in GRPC_STATUS)
 
 
 def http_status(error: PicoSpecError) -> int:

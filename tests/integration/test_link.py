@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from edge_agent.link import MAX_PENDING_FRAMES, CloudLink
+from edge_agent.link import CloudLink
 from picospec.errors import (
     CapacityError,
     CloudUnavailable,
@@ -28,6 +28,7 @@ from picospec.protocol.messages import (
     Open,
     Verdict,
 )
+from picospec.protocol.outbox import MAX_FRAMES
 from picospec.v1 import speculation_pb2 as pb
 from picospec.v1 import speculation_pb2_grpc
 from tests.support.builders import SAMPLED, SPLIT, make_card, make_open, make_opened
@@ -261,7 +262,7 @@ async def test_a_cloud_that_takes_no_frames(link: CloudLink, cloud: TinyCloud) -
     cloud.serve = take_nothing
     stream = link.open_stream("r-1")
     big = Draft(0, 2, token_ids=tuple(range(20_000)))
-    for _ in range(MAX_PENDING_FRAMES + 2):
+    for _ in range(MAX_FRAMES + 2):
         stream.send(big)
     async with asyncio.timeout(2):
         with pytest.raises(CloudUnavailable):

@@ -264,7 +264,7 @@ async def _frames(stream: RawStream) -> AsyncIterator[Any]:
 
 
 def test_status_names_are_grpcs() -> None:
-    from picospec.errors import GRPC_STATUS
+    from picospec.protocol.errors import GRPC_STATUS
 
     assert all(hasattr(grpc.StatusCode, name) for name in GRPC_STATUS.values())
 
