@@ -19,6 +19,7 @@ import enum
 
 from picospec.errors import LocalProtocolError, RemoteOrderError
 from picospec.protocol import validation
+from picospec.protocol.epoch import Epoch
 from picospec.protocol.messages import (
     CloudFrame,
     Draft,
@@ -100,12 +101,10 @@ class CloudSession:
         self.request: Open | None = None
         self.stale_tokens = 0  # in frames of epochs that were over
         self.duplicate_frames = 0
-        self._epoch = -1  # of the last chain begun
-        self._chain: list[int] = []  # that epoch's tokens, from _base on
-        self._base = 0
+        self.epoch = Epoch[int]()  # its tokens; to be read only
         self._probe = (0, 0)  # (position, number) of the epoch's last probe
         self._forced_position: int | None = None  # of the epoch's forced head
-        self._committed_end = 0  # first position that neither a sent verdict nor a head commits
+        self.committed_end = 0  # first position that neither a sent verdict nor a head commits
         self._length_max = 0  # prompt and most output tokens
 
     @property
@@ -115,11 +114,7 @@ class CloudSession:
     @property
     def unverified_tokens(self) -> int:
         """Drafts of the current epoch without a verdict."""
-        return max(0, self._chain_end - self._committed_end)
-
-    @property
-    def _chain_end(self) -> int:
-        return self._base + len(self._chain)
+        return max(0, self.epoch.end - self.committed_end)
 
     def receive(self, frame: EdgeFrame) -> EdgeFrame | None:
         """Returns the frame to act on, or None. Raises RemoteProtocolError, RemoteOrderError."""
@@ -147,32 +142,32 @@ class CloudSession:
             event = CloudEvent.REJECTION
         else:
             event = CloudEvent.VERDICT
-        if self.state is not CloudState.FINISHED and frame.position != self._committed_end:
+        if self.state is not CloudState.FINISHED and frame.position != self.committed_end:
             raise LocalProtocolError(
-                f"A verdict for position {frame.position}, expected {self._committed_end}",
+                f"A verdict for position {frame.position}, expected {self.committed_end}",
                 "verdict.position",
             )
         self._move(event)
-        self._committed_end += frame.num_accepted + len(frame.token_ids)
+        self.committed_end += frame.num_accepted + len(frame.token_ids)
 
     def _receive_open(self, request: Open) -> None:
         validation.check_open(request, self._card)
         self.request = request
-        self._base = len(request.prompt_token_ids) + len(request.output_token_ids)
-        self._committed_end = self._base
+        self.epoch.base = self.committed_end = self._first_position
         self._length_max = len(request.prompt_token_ids) + request.max_tokens
 
     def _receive_draft(self, draft: Draft) -> Draft | None:
         if self.request is None:
             raise RemoteOrderError("The first frame must be an Open", "draft")
         validation.check_draft(draft, self._card, self.request.mode)
-        if draft.epoch > self._epoch + 1:
+        next_epoch = self.epoch.number + 1
+        if draft.epoch > next_epoch:
             raise RemoteOrderError(
-                f"Epoch {draft.epoch} is unknown; the next is {self._epoch + 1}", "draft.epoch"
+                f"Epoch {draft.epoch} is unknown; the next is {next_epoch}", "draft.epoch"
             )
-        dead = draft.epoch < self._epoch or (
-            draft.epoch == self._epoch and self.state is CloudState.AWAITING_RECOVERY
-        )
+        begins = self.epoch.is_begun_by(draft)
+        awaits_recovery = self.state is CloudState.AWAITING_RECOVERY
+        dead = self.epoch.has_passed(draft) or (awaits_recovery and not begins)
         if dead:
             self.stale_tokens += len(draft.token_ids)
             return None
@@ -180,7 +175,6 @@ class CloudSession:
             raise RemoteOrderError(
                 f"The generation ends at position {self._length_max}", "draft.token_ids"
             )
-        begins = draft.epoch > self._epoch
         fresh = self._begin(draft) if begins else self._extend(draft)
         self._check_window()
         if fresh:
@@ -195,17 +189,16 @@ class CloudSession:
             self._move(CloudEvent.RECOVERY)
         else:
             self._move(CloudEvent.CHAIN if draft.token_ids else CloudEvent.PROBE)
-        lowest = self._committed_end if awaited else self._first_position
-        if not lowest <= draft.base_position <= self._committed_end:
+        lowest = self.committed_end if awaited else self._first_position
+        if not lowest <= draft.base_position <= self.committed_end:
             raise RemoteOrderError(
                 f"A chain at position {draft.base_position}; it can begin at {lowest} to "
-                f"{self._committed_end}",
+                f"{self.committed_end}",
                 "draft.base_position",
             )
-        self._committed_end += draft.num_forced
-        self._epoch = draft.epoch
-        self._base = draft.base_position
-        self._chain = list(draft.token_ids)
+        self.committed_end += draft.num_forced
+        self.epoch.begin(draft)
+        self.epoch.entries += draft.token_ids
         self._probe = (draft.base_position, draft.probe)
         self._forced_position = draft.base_position if draft.num_forced else None
         return True
@@ -213,15 +206,15 @@ class CloudSession:
     def _extend(self, draft: Draft) -> bool:
         """A frame of the current epoch. Returns whether it holds anything new."""
         self._move(CloudEvent.EXTENSION)
-        base, end = draft.base_position, self._chain_end
+        base, end = draft.base_position, self.epoch.end
         # Coupled: what the cloud committed itself, equal to the edge's chain, need not travel.
-        if not self._first_position <= base <= max(end, self._committed_end):
+        if not self._first_position <= base <= max(end, self.committed_end):
             raise RemoteOrderError(
-                f"A frame at position {base}; epoch {self._epoch} ends at {end}",
+                f"A frame at position {base}; epoch {draft.epoch} ends at {end}",
                 "draft.base_position",
             )
         if not draft.token_ids:
-            if base > self._committed_end:
+            if base > self.committed_end:
                 raise RemoteOrderError("A probe behind unverified drafts", "draft.base_position")
             duplicate = self._probe == (base, draft.probe)
             self._probe = (base, draft.probe)
@@ -229,16 +222,17 @@ class CloudSession:
         if draft.num_forced and base != self._forced_position:
             raise RemoteOrderError("Only a new epoch has a forced head", "draft.num_forced")
         if base > end:
-            self._base, self._chain, end = base, [], base
-        start = max(base, self._base)
-        known = tuple(self._chain[start - self._base :])
+            self.epoch.begin(draft)
+            end = base
+        start = max(base, self.epoch.base)
+        known = tuple(self.epoch.entries[start - self.epoch.base :])
         tokens = draft.token_ids[start - base :]
         if known[: len(tokens)] != tokens[: len(known)]:
             raise RemoteOrderError(
-                f"Epoch {self._epoch} had other tokens there before", "draft.token_ids"
+                f"Epoch {draft.epoch} had other tokens there before", "draft.token_ids"
             )
-        self._chain += tokens[len(known) :]
-        return self._chain_end > end
+        self.epoch.entries += draft.token_ids[self.epoch.num_known(draft) :]
+        return self.epoch.end > end
 
     def _check_window(self) -> None:
         window = self._card.limits.max_window

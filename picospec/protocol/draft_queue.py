@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from picospec.protocol.epoch import Epoch
 from picospec.protocol.messages import Draft, VerificationMode
 
 
@@ -91,10 +92,8 @@ class DraftQueue:
         self._split = mode is VerificationMode.SPLIT
         self._committed = committed
         self._whole_rounds = verify_whole_rounds
-        self._epoch = -1  # of the last chain that was begun; -1 = none yet
+        self._epoch = Epoch[_Queued]()  # its drafts that are not judged yet
         self._dead = False  # the rest of that epoch is dropped
-        self._base = 0  # position of _queued[0], or of the next draft
-        self._queued: list[_Queued] = []
         self._num_taken = 0  # drafts in the last Work
         self._round_end = 0  # where the last whole round ends
         self._step_limit = 0  # most drafts in a Work; 0 = the caller's to say
@@ -107,7 +106,7 @@ class DraftQueue:
     @property
     def epoch(self) -> int:
         """What a Verdict names: the epoch judged, 0 before any."""
-        return max(0, self._epoch)
+        return max(0, self._epoch.number)
 
     @property
     def has_work(self) -> bool:
@@ -121,19 +120,19 @@ class DraftQueue:
         The caller must have it in `committed` before the next call.
         """
         recovered = None
-        if draft.epoch > self._epoch:
+        if self._epoch.is_begun_by(draft):
             self._begin(draft)
             if draft.num_forced and not self._dead:
                 recovered = draft.token_ids[0]
-        elif draft.epoch < self._epoch:
+        elif self._epoch.has_passed(draft):
             self.stale_tokens += len(draft.token_ids)
             return None
         self._step_limit = draft.step_limit or self._step_limit
         self._settle()
-        end = self._base + len(self._queued)
-        # Tokens of the frame already known: queued, committed, or committed by this call.
-        known = max(0, end - draft.base_position)
-        misplaced = draft.base_position > max(end, len(self._committed)) or draft.num_forced > known
+        # Queued, committed, or committed by this call.
+        known = self._epoch.num_known(draft)
+        end = max(self._epoch.end, len(self._committed))
+        misplaced = draft.base_position > end or draft.num_forced > known
         fresh = draft.token_ids[known:]
         if self._dead or misplaced:
             self._dead = True
@@ -144,10 +143,10 @@ class DraftQueue:
             self._probe, self._probe_position = draft.probe, draft.base_position
             self._probe_arrived_s = arrived_s
         elif fresh:
-            if not self._queued:
-                self._base = draft.base_position + known
+            if not self._epoch.entries:
+                self._epoch.base = draft.base_position + known
             probs = draft.draft_probs[known - draft.num_forced :] if self._split else ()
-            self._queued += [
+            self._epoch.entries += [
                 _Queued(token_id, prob, arrived_s)
                 for token_id, prob in zip(fresh, probs or (0.0,) * len(fresh), strict=True)
             ]
@@ -174,7 +173,7 @@ class DraftQueue:
             return Work(self.epoch, position, probe=self._probe, arrived_s=self._probe_arrived_s)
         if not num_ready:
             return None
-        taken = self._queued[:num_ready]
+        taken = self._epoch.entries[:num_ready]
         self._num_taken = num_ready
         return Work(
             self.epoch,
@@ -199,8 +198,7 @@ class DraftQueue:
     def _begin(self, draft: Draft) -> None:
         """Start the epoch of `draft`, its first frame."""
         self._drop()
-        self._epoch = draft.epoch
-        self._base = draft.base_position
+        self._epoch.begin(draft)
         self._round_end = 0
         at_end = draft.base_position == len(self._committed)
         recovers = bool(draft.num_forced) or not draft.token_ids
@@ -210,28 +208,28 @@ class DraftQueue:
         else:
             self._dead = bool(draft.num_forced)
         if draft.num_forced and not self._dead:
-            self._base += 1
+            self._epoch.base += 1
 
     def _settle(self) -> None:
         """Compare the queue's head with what was committed meanwhile."""
         num_committed = len(self._committed)
         if self._probe and self._probe_position < num_committed:
             self._probe = 0
-        overlap = min(num_committed - self._base, len(self._queued))
+        overlap = min(num_committed - self._epoch.base, len(self._epoch.entries))
         for index in range(overlap):
-            if self._queued[index].token_id != self._committed[self._base + index]:
+            if self._epoch.entries[index].token_id != self._committed[self._epoch.base + index]:
                 self._dead = True
                 self._drop()
                 return
         if overlap > 0:
-            del self._queued[:overlap]
-            self._base += overlap
+            del self._epoch.entries[:overlap]
+            self._epoch.base += overlap
             self._num_taken = max(0, self._num_taken - overlap)
 
     def _drop(self) -> None:
         """Forget what is queued. What the last step took was judged, so it is not stale."""
-        self.stale_tokens += len(self._queued) - self._num_taken
-        self._queued.clear()
+        self.stale_tokens += len(self._epoch.entries) - self._num_taken
+        self._epoch.entries.clear()
         self._num_taken = 0
         self._probe = 0
 
@@ -240,8 +238,8 @@ class DraftQueue:
 
     def _num_ready(self) -> int:
         """Queued drafts that may be judged, from the first uncommitted position on."""
-        if self._base != len(self._committed):
+        if self._epoch.base != len(self._committed):
             return 0
         if not self._whole_rounds:
-            return len(self._queued)
-        return max(0, min(len(self._queued), self._round_end - self._base))
+            return len(self._epoch.entries)
+        return max(0, min(len(self._epoch.entries), self._round_end - self._epoch.base))

@@ -74,13 +74,13 @@ def coupled_session() -> CloudSession:
 
 def frame_of(event: CloudEvent, session: CloudSession) -> EdgeFrame | CloudFrame:
     """A frame that is right but, perhaps, for the state."""
-    position, epoch = session._committed_end, session._epoch
+    position, epoch = session.committed_end, session.epoch.number
     return {
         CloudEvent.OPEN: OPEN,
         CloudEvent.CHAIN: draft(epoch + 1, position, 9),
         CloudEvent.RECOVERY: draft(epoch + 1, position, 9, forced=1),
         CloudEvent.PROBE: draft(epoch + 1, position, probe=2),
-        CloudEvent.EXTENSION: draft(max(epoch, 0), session._chain_end, 9),
+        CloudEvent.EXTENSION: draft(max(epoch, 0), session.epoch.end, 9),
         CloudEvent.FINISH: Finish(),
         CloudEvent.OPENED: OPENED,
         CloudEvent.VERDICT: Verdict(0, position, 0),
