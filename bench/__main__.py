@@ -4,8 +4,6 @@ Writes SUITE.json (every generation), SUITE-costs.json, and the report with its 
 Ends with status 1 if a generation failed, or if a greedy text differs from stock vLLM's.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import sys

@@ -6,8 +6,6 @@ core of the edge    this process (pipeline, client), one drafter for each draft 
                     relay in front of either server, through which all tokens travel.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

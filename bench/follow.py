@@ -5,8 +5,6 @@ same with the default fixed lengths. Told: every plan, and the tokens committed 
 The layout of processes and cores is the benchmark's (bed.py).
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

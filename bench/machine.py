@@ -1,7 +1,5 @@
 """Where a benchmark runs: the machine's description, and who computes on which core."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterator

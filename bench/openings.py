@@ -3,8 +3,6 @@
 Each has a name of its own, and ends by its number of tokens only.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -4,8 +4,6 @@ The estimate is the performance model's, over the costs that `picospec predict` 
 runner compares it with what the groups really took and shortens those that are left (`affordable`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ Ours are written for this project in the manner of GSM8K (arXiv:2110.14168), Hum
 (arXiv:2107.03374) and everyday chats: what is measured needs no download and no licence.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

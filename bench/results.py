@@ -1,7 +1,5 @@
 """What was measured, and the file it is kept in."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field

@@ -5,8 +5,6 @@ the next one in the opposite order, and the baseline goes first and last, so tha
 slows down meanwhile slows both sides of a ratio.
 """
 
-from __future__ import annotations
-
 import subprocess
 import time
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ on the same prompts in alternating order. No two groups share a setting, so a co
 measured once in a suite.
 """
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Medians and quartiles."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ The cloud computes on the first core, the drafter on the last, one after the oth
 slows small operations: shares are to be compared, totals are told without it.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import cProfile

@@ -1,7 +1,5 @@
 """`picospec-cloud`: read the configuration, then serve."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -3,8 +3,6 @@
 A call counts against the limit until it is over and the engine has let go of its session.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 from time import monotonic

@@ -9,8 +9,6 @@ Rules:
 How many calls there may be: admission.py.
 """
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import dataclass
 from time import monotonic

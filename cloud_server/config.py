@@ -1,7 +1,5 @@
 """The cloud server's settings: every bound, wait and address, with its unit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Whether the engine still finishes its steps: asked now and then, and timed."""
 
-from __future__ import annotations
-
 import asyncio
 from time import monotonic
 

@@ -5,8 +5,6 @@ vllm/v1/metrics/loggers.py), with its labels, so that dashboards made for vLLM w
 the rest is called `picospec_cloud_*`. Each instance has its own registry.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 from wsgiref.simple_server import WSGIServer

@@ -3,8 +3,6 @@
 For health checks that run inside its container. Asks the standard gRPC health service.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The port opens when the engine is ready, so that whoever can connect is served. 
 standard health service says SERVING until the engine dies or a shutdown begins.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import multiprocessing

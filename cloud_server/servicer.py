@@ -8,8 +8,6 @@ then cancels both tasks and has the engine abort the session.
 The engine never sees a frame that `CloudSession` refused.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine

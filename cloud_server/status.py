@@ -1,7 +1,5 @@
 """Failures as gRPC statuses with rich details (google.rpc.Status)."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any, NoReturn, TypeAlias
 

@@ -1,7 +1,5 @@
 """TLS: the gRPC server's credentials, from PEM files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import grpc

@@ -1,7 +1,5 @@
 """`picospec-edge`: the edge agent as a command."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

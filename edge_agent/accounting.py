@@ -1,7 +1,5 @@
 """What is counted of one generation: its `GenerationStats`, and what an observer is told."""
 
-from __future__ import annotations
-
 from edge_agent.generation import GenerationStats
 from edge_agent.link import Stream
 from edge_agent.observer import PipelineObserver

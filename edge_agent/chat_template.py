@@ -1,7 +1,5 @@
 """A chat's messages to the text the model was trained on, as transformers renders them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime

@@ -1,7 +1,5 @@
 """Every setting of the edge agent, with its default, its unit and what is allowed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal

@@ -5,8 +5,6 @@ verdicts, the round trips. `plan` says what to do next. Time is passed in; nothi
 reads a clock, and the same history gives the same plans.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """Token ids to text as they come: no split characters, no leaked stop strings, linear time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character

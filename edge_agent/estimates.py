@@ -5,8 +5,6 @@ seconds; time is passed in by `age`. What is remembered survives silence: the ra
 stay, so a new chat starts with what the last one knew.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ Speculation counts carry vLLM's own names (v1/spec_decode/metrics.py), so that i
 work here too; what vLLM does not count is `picospec_edge_*`.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which model the cloud serves, and whether it and the drafter belong together."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable

@@ -3,8 +3,6 @@
 `metrics` implements it; `NullObserver` is the do-nothing variant.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from picospec.protocol.messages import Verdict

@@ -3,8 +3,6 @@
 Pure: time is passed in, in seconds.
 """
 
-from __future__ import annotations
-
 BACKOFF_FIRST_S = 0.1  # doubles with each attempt
 BACKOFF_MAX_S = 5.0
 

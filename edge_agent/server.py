@@ -11,8 +11,6 @@ End, at the first SIGTERM or SIGINT:
 A second signal skips step 2.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -18,8 +18,6 @@ A `dict` is a free-form table: sources are merged key by key; it is a JSON objec
 and `--section.table.key VALUE` among the flags.
 """
 
-from __future__ import annotations
-
 import difflib
 import enum
 import json

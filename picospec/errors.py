@@ -16,8 +16,6 @@ How a failure travels: as an HTTP status by `HTTP_STATUS`, as a gRPC status by t
 `picospec/protocol/errors.py`.
 """
 
-from __future__ import annotations
-
 
 class PicoSpecError(Exception):
     """Base of all named failures. `str(error)` is safe to show to whoever caused it."""

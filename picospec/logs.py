@@ -1,7 +1,5 @@
 """Structured logs: one record a line, each with the id of the generation it belongs to."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

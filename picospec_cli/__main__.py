@@ -1,7 +1,5 @@
 """The `picospec` command line."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import signal

@@ -1,7 +1,5 @@
 """`picospec chat`: a chat prompt in the terminal, or one answer to one prompt."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from contextlib import closing, suppress

@@ -1,7 +1,5 @@
 """A client of the edge agent's OpenAI API."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -1,7 +1,5 @@
 """What the commands say on stderr while they work; stdout belongs to their result."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ torch, transformers and the ONNX builder are imported where they are used (or ru
 of their own): the other commands must work without them.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -4,8 +4,6 @@ The cloud server and the edge agent run as processes of their own and talk over 
 would over a network. Everything stops when the chat ends.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """`picospec doctor`: is everything here, whole, and does it answer?"""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator

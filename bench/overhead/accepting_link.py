@@ -1,7 +1,5 @@
 """A link to a cloud that accepts every draft at once: what is left is the edge's own time."""
 
-from __future__ import annotations
-
 from edge_agent.link import ScriptedLink, ScriptedStream
 from picospec import PROTOCOL_VERSION
 from picospec.protocol import codec

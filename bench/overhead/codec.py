@@ -4,8 +4,6 @@ The cloud's side starts from a torch tensor, the edge's ends at numpy arrays. Th
 the same numbers as repeated fields, through Python lists on both sides.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The edge's overheads: a drafted token, and bytes on the wire."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import statistics

@@ -1,7 +1,5 @@
 """`python -m bench.report RESULTS.json --output FOLDER` writes a report anew from its result."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Every figure comes from the result; the paper's are data in paper.py and are marked as its own.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The paper's own figures (arXiv 2603.19133), as data: shown beside ours, never mixed with them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 SOURCE = "PicoSpec, arXiv 2603.19133: Jetson AGX at the edge, one A100 in the cloud"

@@ -10,8 +10,6 @@ was when the group began, alone and beside the drafter; the other has chance dec
 the generation's rate of acceptance, although right and wrong ones come in runs.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from dataclasses import replace

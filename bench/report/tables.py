@@ -1,7 +1,5 @@
 """The report's tables, each a function of a Result. A cell that was not measured stays empty."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from statistics import geometric_mean

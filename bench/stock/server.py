@@ -12,8 +12,6 @@ TCP:
 End-of-sequence tokens are ignored. The first line on a connection describes the engine.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

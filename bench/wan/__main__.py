@@ -10,8 +10,6 @@ Prints {"port": N}, then takes commands, one JSON object per line, and ends when
 A command that is not understood changes nothing and prints {"error": "..."}.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

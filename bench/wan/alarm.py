@@ -5,8 +5,6 @@ asyncio's own timers will not do here: epoll takes whole milliseconds, so `call_
 file that any event loop can watch. Linux only; Python has it itself from 3.13 on.
 """
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import os

@@ -8,8 +8,6 @@ The rules of a `Line`:
 - while held nothing arrives; what was held leaves anew at the release, as if sent again then.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections import deque

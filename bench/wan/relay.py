@@ -5,8 +5,6 @@ directions are shared by all connections, like an access link. What the kernel b
 socket comes on top of the relay's own bound, as it does over a real network.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math

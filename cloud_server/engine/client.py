@@ -5,8 +5,6 @@ are opened, fed and aborted with the core's own ADD and ABORT messages, in order
 what the scheduler decides comes back as `Prefilled` and `Verdict`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -3,8 +3,6 @@
 `client.VLLMEngine` is the real one; `scripted.ScriptedEngine` the double for unit tests.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """What is served: vLLM's configuration, and the model as an edge must know it."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ vLLM prepares its model runner for drafts (several logits rows per request, roll
 speculative method is configured. The method `custom_class` with this class is that switch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 

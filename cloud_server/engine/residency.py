@@ -6,8 +6,6 @@ without eviction a new session would wait for ever behind held ones. An evicted 
 prefilled again (from the prefix cache, where that still has it) when its edge next sends work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 from cloud_server.engine.engine_session import EngineSession

@@ -8,8 +8,6 @@ A session is one vLLM request for the whole generation. What changes its state:
 Nothing else may. When the cloud decodes without a draft: takeover.py.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable

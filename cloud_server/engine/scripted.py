@@ -5,8 +5,6 @@ Everything else is as in the real engine: both modes, probes, recovery, assist, 
 limits, and the same `DraftQueue`. Tests add latency (`step_s`) and faults (`die`, `fail`, `mute`).
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

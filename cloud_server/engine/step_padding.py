@@ -7,8 +7,6 @@ timed when the worker starts, and the scheduler fills shorter steps up with draf
 judges.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

@@ -6,8 +6,6 @@ session past its prefill: the last committed token is forwarded again, together 
 so that its logits row judges the first of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -5,8 +5,6 @@ that has nothing else to do in a step. Exact in coupled mode only, since a split
 need the edge: `picospec/protocol/validation.py` refuses every other combination.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from picospec.protocol.messages import AssistPolicy

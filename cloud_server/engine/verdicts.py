@@ -1,7 +1,5 @@
 """Verdicts: what is told to an edge, made from what steps and kept rows decided."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@ The worker is vLLM's own; only its model runner is replaced by a subclass that
 Everything about devices stays in vLLM: this file works on whatever tensors it hands over.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import threading

@@ -1,7 +1,5 @@
 """Who is let in, for how long, and what is read of them: the bounds of one request."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import re

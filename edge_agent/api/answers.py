@@ -1,7 +1,5 @@
 """What is sent back: OpenAI's completion objects, whole or in chunks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

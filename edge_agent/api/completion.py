@@ -1,7 +1,5 @@
 """The two generating endpoints: one request from its first byte to its last."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

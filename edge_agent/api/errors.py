@@ -1,7 +1,5 @@
 """Failures in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The seam between the API and the daemon: what the API must know and may use."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 

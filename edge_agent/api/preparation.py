@@ -3,8 +3,6 @@
 After this, nothing in the request can be refused by the cloud any more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The HTTP surface: which path does what, and what every response has in common."""
 
-from __future__ import annotations
-
 import logging
 import time
 

@@ -1,7 +1,5 @@
 """Server-sent events: how an answer travels while it is made."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 

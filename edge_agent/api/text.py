@@ -1,7 +1,5 @@
 """A generation's tokens as text, and what is counted on the way."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ A context is lazy: `append` and `rollback` only record, `propose` computes what 
 the last draft of a window costs no forward until its successor is wanted.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast

@@ -4,8 +4,6 @@ Pickle is sound here because both ends are our own processes joined by an inheri
 socketpair that no one else can reach. Never point it at anything else.
 """
 
-from __future__ import annotations
-
 import pickle
 import socket
 import struct

@@ -4,8 +4,6 @@ What may change here: `append` adds a draft at the end, `rollback` takes tokens 
 never below what is committed, `commit` moves the border. Nothing else changes the text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ No model and no forward: a floor for boxes too small for any language model, and
 drafter for tests. Source: prompt lookup decoding, as in vLLM's v1/spec_decode/ngram_proposer.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from edge_agent.drafting.kv_cache import SpeculativeTokens

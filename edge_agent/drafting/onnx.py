@@ -8,8 +8,6 @@ last token a second time and leaves it in the cache twice, so it is only ever ca
 `append_tokens`. A token id outside the vocabulary raises RuntimeError.
 """
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -18,8 +18,6 @@ number n: coin 0 is flipped when sample 0 is offered, coin n when sample n - 1 w
 sample number n > 0 is only ever offered because its coin said tail.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

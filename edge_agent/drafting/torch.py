@@ -1,7 +1,5 @@
 """The drafter for GPU and Jetson edges, and the reference in tests: transformers on torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ out, busy_s being the time spent drafting since the last one. The process ends w
 parent: at the end of the stream, or at once by PR_SET_PDEATHSIG where there is that.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

@@ -4,8 +4,6 @@ It is the course of every chain, up to the verdict that ends it. `prediction` tu
 into throughput; `simulation` plays the same system by events and chance.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from picospec.performance.costs import Costs, Network, Scheme

@@ -1,7 +1,5 @@
 """The seam to who steers draft length and window: an edge drives it, and so does a simulation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

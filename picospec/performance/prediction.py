@@ -12,8 +12,6 @@ Exact for one session with constant costs, but for the end of the sum, which is 
 linearly, and bandwidth that verdicts have to share.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

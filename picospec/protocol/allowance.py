@@ -1,7 +1,5 @@
 """How far the drafter may go ahead of what is committed, and whether it has stopped before that."""
 
-from __future__ import annotations
-
 from picospec.protocol.draft_chain import DraftChain
 from picospec.protocol.drafting import Allow
 from picospec.protocol.session_spec import SessionSpec

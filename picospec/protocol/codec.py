@@ -7,8 +7,6 @@ field; whether the values make sense is `validation`'s business. Long arrays are
 np.frombuffer, without a copy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar

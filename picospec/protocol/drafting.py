@@ -6,8 +6,6 @@ recovery starts a new branch, so that what was drafted before the drafter heard 
 from what was drafted after.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from picospec.protocol.messages import Rejection

@@ -4,8 +4,6 @@ The cloud's frames are events as they come (`messages`); what the drafter says i
 what it is told an effect (`drafting`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from picospec.protocol.drafting import DrafterCommand, DrafterEvent

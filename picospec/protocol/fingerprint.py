@@ -5,8 +5,6 @@ merges as "a b" or ["a", "b"], and leave out fields at their default. The finger
 SHA-256 of a form in which these differences are gone, and none that changes a token is.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """What an edge wants of one generation, and how it opens a stream for it. Pure data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ cloud of the target's (P; cloud_server/engine/judging/torch_sampling.py has the 
 Where tokens tie at a filter's border: min-p and top-k keep all of them, top-p the lowest ids.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

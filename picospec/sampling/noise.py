@@ -12,8 +12,6 @@ The rules of this file:
    tests/unit/noise_vectors.json pins it.
 """
 
-from __future__ import annotations
-
 import enum
 import math
 from functools import lru_cache

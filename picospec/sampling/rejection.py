@@ -3,8 +3,6 @@
 P is the target's processed distribution at a position, Q the drafter's, u uniform in [0, 1).
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

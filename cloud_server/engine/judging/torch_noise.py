@@ -7,8 +7,6 @@ bits, and shifts are masked to be logical. Eager kernels run one operation each,
 fused, and no tensor is divided by a number (CUDA would multiply by its reciprocal).
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

@@ -5,8 +5,6 @@ sort and partition are also several times faster). On other devices the same rul
 here, in the same order, ties at a filter's border included; only rounding may differ.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -10,8 +10,6 @@ The rules of this file:
 handed in steers draft length and window, and is told what an edge measures.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from picospec.performance.controller import DraftLengthController

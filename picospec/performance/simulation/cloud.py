@@ -4,8 +4,6 @@ Places are output positions, counted from the first token, 0. Of the edge it kno
 the wire, and nothing else.
 """
 
-from __future__ import annotations
-
 from picospec.performance.simulation.clock_and_wires import (
     BEGINS,
     STEP_ENDS,

@@ -4,8 +4,6 @@ Places are output positions, counted from the first token, 0. Of the cloud it kn
 the wire, and nothing else.
 """
 
-from __future__ import annotations
-
 from picospec.performance.simulation.clock_and_wires import (
     BEGINS,
     HAPPENED,
