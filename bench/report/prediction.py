@@ -72,10 +72,11 @@ def predict(
     )
 
     def costs_of(record: Record) -> model.Costs:
+        # On a long link all may be drafted before the first token is back, and nothing is timed.
+        own = replace(before, draft_ms=record.draft_ms or before.draft_ms)
         if not own_costs:
-            return replace(before, draft_ms=record.draft_ms)
-        verify_ms = costs.alone_ms.times(record.slowness)
-        return replace(before, draft_ms=record.draft_ms, verify_ms=verify_ms, contention=1.0)
+            return own
+        return replace(own, verify_ms=costs.alone_ms.times(record.slowness), contention=1.0)
 
     return statistics.median(
         (len(record.token_ids) - 1) / play(costs_of(record), scheme, network, record)

@@ -11,6 +11,7 @@ import pytest
 
 from bench import results
 from bench.report import document, tables
+from bench.report.prediction import predictors
 from bench.results import ConditionResult, Costs, GroupResult, Record, Result
 from bench.scenarios import ABLATED, ADAPTIVE, Group, System, fixed, group
 from picospec_cli.__main__ import main
@@ -204,6 +205,16 @@ def test_predictions_beside_measurements(result: Result) -> None:
         },
     )
     assert "conditions: outcomes **20.0%**, rate **30.0%**" in text
+
+
+def test_a_text_that_was_drafted_ahead_of_its_first_token_is_predicted(result: Result) -> None:
+    each = result.groups[1].conditions[1]
+    assert each.condition.draft == "int4"
+    each.records = [replace(each.records[0], draft_ms=0.0, outcomes="+" * 11)]
+    for name, predict in predictors(result).items():
+        guess = predict(each)
+        assert guess is not None, name
+        assert 0.0 < guess < 1e3 / result.costs.draft_ms["int4"]
 
 
 def test_the_plots_are_written(result: Result, tmp_path: Path) -> None:
