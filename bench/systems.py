@@ -101,14 +101,8 @@ def configured(condition: Condition) -> edge_config.EdgeConfig:
 def scheme_of(condition: Condition) -> Scheme:
     """What the performance model is told of a condition's speculation."""
     speculation = configured(condition).speculation
-    return Scheme(
-        draft_length=speculation.draft_length,
-        window=speculation.window,
-        parallel_draft=speculation.parallel_draft,
-        fast_verify=speculation.fast_verify,
-        mode=speculation.mode,
-        kept_rows=speculation.fast_verify,
-    )
+    shared = {"draft_length", "window", "parallel_draft", "fast_verify", "mode"}
+    return Scheme(**speculation.model_dump(include=shared), kept_rows=speculation.fast_verify)
 
 
 def network_of(condition: Condition, rtt_ms: float) -> Network:

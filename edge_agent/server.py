@@ -252,19 +252,8 @@ def bind(server: ServerConfig) -> socket.socket:
 
 
 def policy_of(config: EdgeConfig) -> SpeculationPolicy:
-    speculation = config.speculation
     return SpeculationPolicy(
-        mode=speculation.mode,
-        draft_length=speculation.draft_length,
-        window=speculation.window,
-        parallel_draft=speculation.parallel_draft,
-        fast_verify=speculation.fast_verify,
-        round_timeout_s=speculation.round_timeout_s,
-        confidence_stop=speculation.confidence_stop,
-        split_rejection=speculation.split_rejection,
-        exact=speculation.exact,
-        sparse_k=speculation.sparse_k,
-        assist=speculation.assist,
+        **config.speculation.model_dump(exclude={"control"}),
         resume_attempts=config.cloud.resume_attempts,
         resume_timeout_s=config.cloud.resume_timeout_s,
     )
