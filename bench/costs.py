@@ -5,8 +5,6 @@ what the forward and the sampling took. The right drafts are known from the same
 before without drafts, which also gives k = 0. Counts take turns, so that drift hits all alike.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import statistics

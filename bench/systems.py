@@ -3,8 +3,6 @@
 All times are taken here, on the edge, when tokens are in the hands of whoever asked for them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import statistics
 import time

@@ -5,8 +5,6 @@ limit, whether it is blocked, and the recovery that is under way. The mirror is 
 to rebuild the context in a new worker, exactly where the events left off.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Protocol

@@ -4,8 +4,6 @@ Commands go to the worker, events come back. Those of the session (`picospec.pro
 pass unchanged; here is what opens and closes a context, and what the worker says of itself.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from picospec.errors import DrafterFailed

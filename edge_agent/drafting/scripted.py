@@ -5,8 +5,6 @@
 without a process. `load` makes a ScriptedDrafter in a real worker process from a folder.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

@@ -15,8 +15,6 @@ one context. Its rules:
 `run` in worker_main.py joins it to a pipe.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field

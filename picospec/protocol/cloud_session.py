@@ -13,8 +13,6 @@ The rules of this file:
 `TRANSITIONS` is the state machine; what is not in it is illegal.
 """
 
-from __future__ import annotations
-
 import enum
 
 from picospec.errors import LocalProtocolError, RemoteOrderError

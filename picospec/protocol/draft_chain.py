@@ -4,8 +4,6 @@ The counterpart of `DraftQueue`. A `DraftChain` knows tokens, positions and epoc
 and what a verdict means for it is the session's to say.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 

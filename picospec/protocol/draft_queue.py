@@ -13,8 +13,6 @@ docs/protocol.md against what is really committed at that moment:
 `committed` is read by reference: it must have grown by the time of the next call.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 `edge_session.EdgeSession` moves by these tables; what is not in them is illegal.
 """
 
-from __future__ import annotations
-
 import enum
 from dataclasses import dataclass
 

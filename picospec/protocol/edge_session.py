@@ -15,8 +15,6 @@ The rules of this file:
 Events and effects are in `edge_events` and `drafting`, tables and policy in `edge_machine`.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable
 

@@ -3,8 +3,6 @@
 `CloudSession` keeps it over what has arrived, `DraftQueue` over what is not judged yet.
 """
 
-from __future__ import annotations
-
 from typing import Generic, TypeVar
 
 from picospec.protocol.messages import Draft

@@ -4,8 +4,6 @@ The failures themselves are one tree, in `picospec/errors.py`. Names are those o
 which the core does not import.
 """
 
-from __future__ import annotations
-
 from picospec.errors import (
     CapacityError,
     CloudUnavailable,

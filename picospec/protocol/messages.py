@@ -5,8 +5,6 @@ say when each may be sent. Token ids and positions are plain ints, short arrays 
 arrays that may be long are read-only numpy arrays (int32 token ids, float32 probabilities).
 """
 
-from __future__ import annotations
-
 import enum
 from dataclasses import dataclass, field
 

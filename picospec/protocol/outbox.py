@@ -5,8 +5,6 @@ first frame of each epoch stays, because epochs must be seen one after the other
 position, so nothing that was dropped before it is missed in decoding.
 """
 
-from __future__ import annotations
-
 from collections import deque
 
 from picospec.protocol.codec import EdgeEncoder

@@ -4,8 +4,6 @@ What is checked here depends on the frame and on the model served alone; what ma
 is the sessions' business. Every failure is a RemoteProtocolError that names the field.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
