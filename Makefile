@@ -58,6 +58,10 @@ test-deploy: install models ## run the package, the units and the container for 
 	test -z "$$missing" || { echo "missing:$$missing; see CONTRIBUTING.md" >&2; exit 1; }
 	$(BIN)/python -m pytest tests/deploy $(TEST_ARGS)
 
+.PHONY: diagrams
+diagrams: install ## draw the states in docs/protocol.md from the transition tables
+	PYTHONPATH=. $(BIN)/python docs/state_diagrams.py
+
 .PHONY: deb
 deb: ## build the edge agent's Debian package into dist/ (on Debian 12, with debhelper)
 	deploy/debian/build dist

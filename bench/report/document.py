@@ -4,6 +4,7 @@ Every figure comes from the result; the paper's are data in paper.py and are mar
 """
 
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from bench.report.prediction import predictors
 from bench.report.tables import Cell, Column, Predictors, Setting
 from bench.results import Result, model_costs
 from bench.scenarios import ABLATION_TEMPERATURE, SWEEP_RTT_MS, Condition
+
+LINE_LENGTH = 120
 
 
 def write(result: Result, folder: Path) -> Path:
@@ -37,7 +40,18 @@ def render(result: Result, pictures: dict[str, str], predict: Predictors | None 
             parts += [f"## {title}", text, shown, body]
     if result.not_run:
         parts += ["## Not run", "\n".join(f"- {each}" for each in result.not_run)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    lines = "\n\n".join(part for part in parts if part).splitlines()
+    return "\n".join(map(_wrapped, lines)) + "\n"
+
+
+def _wrapped(line: str) -> str:
+    """Prose at the repository's width; a table's row is one line."""
+    if line.startswith(("|", "#", "<", "!")):
+        return line
+    return textwrap.fill(
+        line, LINE_LENGTH, subsequent_indent="  " if line.startswith("- ") else "",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _sections(result: Result, predict: Predictors | None) -> Iterator[tuple[str, str, str, str]]:
@@ -102,7 +116,7 @@ def _sections(result: Result, predict: Predictors | None) -> Iterator[tuple[str,
     )
     yield (
         "Costs of the parts",
-        f"Stock vLLM: {result.costs.baseline_ms:.1f} ms a token. Drafts, ms a token: "
+        f"Stock vLLM: {result.costs.baseline_ms:.1f} ms per token. Drafts, ms per token: "
         + ", ".join(f"{draft} {ms:.1f}" for draft, ms in result.costs.draft_ms.items())
         + ".",
         "",
@@ -155,7 +169,7 @@ def _preamble(result: Result) -> str:
         "Stock vLLM's own: "
         + ", ".join(f"{key} = {value}" for key, value in result.settings.get("stock", {}).items())
         + ".",
-        "Tokens a second count from the first commit on. Each prompt goes through all conditions "
+        "Tokens per second count from the first commit on. Each prompt goes through all conditions "
         "of a group, in alternating order, the baseline first and last.",
     ]
     return "\n".join(lines)

@@ -237,7 +237,7 @@ def ablation(result: Result) -> str:
             ]
         )
     head = ["", "speed-up, tokens/s", "of full", "acceptance"]
-    head += ["ms a round", "T_verify, ms", f"T_draft ({ROUND} drafts), ms", "queue, ms"]
+    head += ["ms per round", "T_verify, ms", f"T_draft ({ROUND} drafts), ms", "queue, ms"]
     head += ["restart, ms"]
     return table([*head, *(f"paper, {load}" for load in paper.ABLATION)], rows)
 
@@ -250,7 +250,7 @@ def paper_ablation() -> str:
         for load, systems in paper.ABLATION.items()
         for system, row in systems.items()
     ]
-    return table(["paper", "", "tokens/s", "ms a round", "T_verify, ms", "T_draft, ms"], rows)
+    return table(["paper", "", "tokens/s", "ms per round", "T_verify, ms", "T_draft, ms"], rows)
 
 
 def ablated(result: Result) -> list[tuple[GroupResult, ConditionResult, float]]:

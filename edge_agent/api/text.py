@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from edge_agent.detokenizer import Detokenizer, StopScanner
 from edge_agent.generation import Generation, GenerationStats
 from edge_agent.metrics import EdgeMetrics
-from picospec.errors import DrafterFailed
+from picospec.errors import LocalProtocolError
 from picospec.protocol.messages import FinishReason
 
 
@@ -72,7 +72,7 @@ class TextGeneration:
                 yield _chunk(deltas, FinishReason.STOP if stopped else chunk.finish_reason)
                 return
             yield _chunk(deltas)
-        raise DrafterFailed("the generation ended without a reason")
+        raise LocalProtocolError("The generation ended without a reason", "generation")
 
     async def aclose(self) -> None:
         """Cancels what still runs."""
