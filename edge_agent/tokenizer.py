@@ -4,14 +4,12 @@ Read are tokenizer.json, tokenizer_config.json and chat_template.jinja, and for 
 end-of-sequence ids generation_config.json or config.json. No transformers, no torch.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
@@ -55,7 +53,7 @@ class Tokenizer:
         self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path) -> Self:
         """Reads a model folder. Raises ConfigError naming what is missing or wrong."""
         try:
             tokenizer_json = (folder / "tokenizer.json").read_bytes()

@@ -1,11 +1,9 @@
 """The client of the baseline (server.py): tokens as they arrive."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, Self
 
 
 class StockClient:
@@ -19,7 +17,7 @@ class StockClient:
         self.bytes_down = 0
 
     @classmethod
-    async def connect(cls, port: int) -> StockClient:
+    async def connect(cls, port: int) -> Self:
         """Raises OSError while the server is not there, EOFError behind a relay."""
         self = cls(*await asyncio.open_connection("127.0.0.1", port))
         try:

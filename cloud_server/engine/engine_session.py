@@ -10,11 +10,9 @@ A row that the next draft will need is computed ahead: a recovered token is forw
 it is there, alone if nothing else has come (the paper's pre-verification).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -73,7 +71,7 @@ class EngineSession:
     @classmethod
     def of(
         cls, request: EngineRequest, opening: Open, *, logits_width: int, may_keep_rows: bool
-    ) -> EngineSession:
+    ) -> Self:
         """A new session, as `opening` asks for it."""
         whole_rounds = opening.verify_whole_rounds
         split = opening.mode is VerificationMode.SPLIT

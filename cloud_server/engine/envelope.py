@@ -12,12 +12,10 @@ Values are pickled: both ends are our own processes, started from the same code,
 private directory.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import torch
@@ -71,7 +69,7 @@ class VerificationOutputs(EngineCoreOutputs):
     report: bytes = b""
 
     @classmethod
-    def of(cls, outputs: EngineCoreOutputs, report: EngineReport) -> VerificationOutputs:
+    def of(cls, outputs: EngineCoreOutputs, report: EngineReport) -> Self:
         pickled = pickle.dumps(report, pickle.HIGHEST_PROTOCOL)
         return cls(**msgspec.structs.asdict(outputs), report=pickled)
 

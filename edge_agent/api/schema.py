@@ -6,10 +6,8 @@ OpenAI, where vLLM would ignore it. null means absent. Types are strict: "0.7" i
 true no integer. What depends on the served model is checked in `preparation`.
 """
 
-from __future__ import annotations
-
 import secrets
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import pydantic_core
@@ -142,7 +140,7 @@ class CompletionBody(_Body):
         return kept
 
     @model_validator(mode="after")
-    def _options_need_stream(self) -> CompletionBody:
+    def _options_need_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise RequestError(
                 "'stream_options' is only allowed when 'stream' is true.",
@@ -194,7 +192,7 @@ class ChatBody(CompletionBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
-    def _one_token_limit(self) -> ChatBody:
+    def _one_token_limit(self) -> Self:
         if (
             None not in (both := (self.max_tokens, self.max_completion_tokens))
             and len(set(both)) > 1

@@ -4,13 +4,11 @@ Times are milliseconds throughout, sizes bytes on the wire. `prediction` and
 `simulation` both take these and nothing else.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from picospec.errors import ConfigError
 from picospec.protocol.messages import VerificationMode
@@ -62,19 +60,19 @@ class VerifyCost:
             raise ConfigError("verify_ms must be positive")
 
     @classmethod
-    def measured(cls, points: Mapping[int, float]) -> VerifyCost:
+    def measured(cls, points: Mapping[int, float]) -> Self:
         """From milliseconds by number of drafts. Raises ConfigError."""
         return cls(tuple(sorted(points.items())))
 
     @classmethod
-    def affine(cls, base_ms: float, draft_ms: float, plain_ms: float | None = None) -> VerifyCost:
+    def affine(cls, base_ms: float, draft_ms: float, plain_ms: float | None = None) -> Self:
         """base_ms + k · draft_ms, but `plain_ms` at k = 0 where it is given. Raises ConfigError."""
         points = {1: base_ms + draft_ms, 2: base_ms + 2 * draft_ms}
         return cls.measured({0: base_ms if plain_ms is None else plain_ms, **points})
 
-    def times(self, factor: float) -> VerifyCost:
+    def times(self, factor: float) -> Self:
         """The same on an engine so many times as slow. Raises ConfigError."""
-        return VerifyCost(tuple((k, factor * ms) for k, ms in self.points))
+        return type(self)(tuple((k, factor * ms) for k, ms in self.points))
 
     def __call__(self, num_drafts: int) -> float:
         points = self.points
