@@ -11,7 +11,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import cast
 
@@ -21,6 +21,10 @@ LINGER_NOT = struct.pack("ii", 1, 0)  # close with a reset
 class Direction(Enum):
     UP = auto()
     DOWN = auto()
+
+    @property
+    def other(self) -> Direction:
+        return Direction.DOWN if self is Direction.UP else Direction.UP
 
 
 class Signal(Enum):
@@ -54,6 +58,11 @@ class _End(asyncio.Protocol):
         self._drained = drained
         self._transport: asyncio.Transport | None = None
         self._heard_all = False
+        # What the relay holds of the direction that starts here.
+        self.under_way_bytes = 0
+        self.is_open = False  # the handshake has come so far
+        self.early: list[bytes | Signal] = []  # heard before
+        self.finished = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its type
@@ -113,18 +122,6 @@ class _End(asyncio.Protocol):
             self._transport.abort()
 
 
-@dataclass(slots=True)
-class _Flow:
-    """One direction: where it comes from and goes to, and what of it the relay holds."""
-
-    source: _End
-    sink: _End
-    under_way_bytes: int = 0
-    open: bool = False  # the handshake has come so far
-    early: list[bytes | Signal] = field(default_factory=list)  # heard before
-    finished: bool = False
-
-
 class Connection:
     """`near` is the client's socket, `far` the server's.
 
@@ -147,10 +144,7 @@ class Connection:
         self._is_over = False
         self.near = self._end(Direction.UP)
         self.far = self._end(Direction.DOWN)
-        self._flows = {
-            Direction.UP: _Flow(self.near, self.far),
-            Direction.DOWN: _Flow(self.far, self.near),
-        }
+        self._ends = {Direction.UP: self.near, Direction.DOWN: self.far}  # by where they start
 
     def start(self) -> None:
         """The client has connected."""
@@ -164,10 +158,10 @@ class Connection:
         """`content` has crossed the line."""
         if self._is_over:
             return
-        flow = self._flows[direction]
+        source, sink = self._ends[direction], self._ends[direction.other]
         if isinstance(content, bytes):
-            flow.under_way_bytes -= len(content)
-            flow.sink.write(content)
+            source.under_way_bytes -= len(content)
+            sink.write(content)
             self._admit(direction)
         elif content is Signal.SYN:
             self._connect(self)
@@ -177,9 +171,9 @@ class Connection:
         elif content is Signal.ACK:
             self._open(Direction.DOWN)
         elif content is Signal.FIN:
-            flow.sink.finish()
-            flow.finished = True
-            if all(each.finished for each in self._flows.values()):
+            sink.finish()
+            source.finished = True
+            if sink.finished:
                 self._end_with(_End.close)
         else:
             self.reset()
@@ -190,11 +184,10 @@ class Connection:
 
     def _end(self, direction: Direction) -> _End:
         """The socket from which `direction` starts, and to which the other one goes."""
-        other = Direction.DOWN if direction is Direction.UP else Direction.UP
         return _End(
             self._buffer_bytes // 2,
             lambda content: self._heard(direction, content),
-            lambda: self._admit(other),
+            lambda: self._admit(direction.other),
         )
 
     def _end_with(self, part: Callable[[_End], None]) -> None:
@@ -205,36 +198,36 @@ class Connection:
             self._over(self)
 
     def _heard(self, direction: Direction, content: bytes | Signal) -> None:
-        flow = self._flows[direction]
-        if flow.open:
+        source = self._ends[direction]
+        if source.is_open:
             self._dispatch(direction, content)
         else:
-            flow.early.append(content)
-            flow.source.listen(False)
+            source.early.append(content)
+            source.listen(False)
 
     def _dispatch(self, direction: Direction, content: bytes | Signal) -> None:
         if self._is_over:
             return
         if isinstance(content, bytes):
-            self._flows[direction].under_way_bytes += len(content)
+            self._ends[direction].under_way_bytes += len(content)
         self._send(Parcel(self, direction, content))
         self._admit(direction)
 
     def _open(self, direction: Direction) -> None:
-        flow = self._flows[direction]
-        flow.open = True
-        early, flow.early = flow.early, []
+        source = self._ends[direction]
+        source.is_open = True
+        early, source.early = source.early, []
         for content in early:
             self._dispatch(direction, content)
         self._admit(direction)
 
     def _admit(self, direction: Direction) -> None:
         """Read on, or no more, by what is held."""
-        flow = self._flows[direction]
-        if not flow.open:
+        source = self._ends[direction]
+        if not source.is_open:
             return
-        held_bytes = flow.under_way_bytes + flow.sink.unsent_bytes
+        held_bytes = source.under_way_bytes + self._ends[direction.other].unsent_bytes
         if held_bytes > self._buffer_bytes:
-            flow.source.listen(False)
+            source.listen(False)
         elif held_bytes <= self._buffer_bytes // 2:
-            flow.source.listen(True)
+            source.listen(True)
