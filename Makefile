@@ -48,7 +48,7 @@ serve: install ## run both daemons in the foreground: OpenAI API on 127.0.0.1:80
 	@$(BIN)/picospec demo --serve $(DEMO_ARGS)
 
 .PHONY: test
-test: install models ## run every test but the deployment's; TEST_ARGS="-k name" picks
+test: install models ## run every test but those of deploy/; TEST_ARGS="-k name" picks
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 .PHONY: test-deploy
@@ -102,7 +102,7 @@ bench-profile: install models ## say where a verification step and a drafted tok
 	$(BIN)/python -m bench.step_profile $(BENCH_ARGS)
 
 .PHONY: bench-follow
-bench-follow: install models ## show the adaptive control follow a link that changes under a text
+bench-follow: install models ## show the controller adapt when latency changes during a generation
 	$(BIN)/python -m bench.follow $(BENCH_ARGS)
 
 .PHONY: clean

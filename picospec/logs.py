@@ -1,4 +1,4 @@
-"""Structured logs: one record a line, each with the id of the generation it belongs to."""
+"""Structured logs: one record per line, each with the id of the generation it belongs to."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def configure(
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, request_id and the extra fields."""
+    """One JSON object per line: time, level, logger, message, request_id and the extra fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {

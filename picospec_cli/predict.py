@@ -172,7 +172,7 @@ def text(case: dict[str, Any]) -> str:
         RTT_MS_MAX: f"none below {RTT_MS_MAX:.0f} ms",
     }.get(even_ms, f"{even_ms or 0.0:.0f} ms")
     lines = [
-        f"{case['draft']}: {case['draft_ms']:g} ms a draft, acceptance {case['alpha']}; "
+        f"{case['draft']}: {case['draft_ms']:g} ms per draft, acceptance {case['alpha']}; "
         f"cloud-only decoding {case['cloud_only_tokens_per_s']:.1f} tokens/s",
         "tokens/s" + "".join(f"{f'n={length}':>8}" for length in lengths) + "    best  speed-up",
     ]

@@ -170,7 +170,7 @@ class ScriptedDrafting:
 
 
 def load(spec: DrafterSpec) -> ScriptedDrafter:
-    """A pseudo_model described by script.json: logits_width, seed, token_s (time a token)."""
+    """A pseudo_model described by script.json: logits_width, seed, token_s (time per token)."""
     description = json.loads((Path(spec.model) / SCRIPT_FILE).read_text())
     model = pseudo_model(description["logits_width"], description["seed"])
 

@@ -28,7 +28,7 @@ class DraftChain:
     """
 
     def __init__(self, position: int, *, split: bool, draft_length: int, fast_verify: bool) -> None:
-        """`draft_length`: drafts a round, or, with `fast_verify`, most that one forward judges."""
+        """`draft_length`: drafts per round or, with `fast_verify`, most that a forward judges."""
         self.position = position
         self._split = split
         self._draft_length = draft_length

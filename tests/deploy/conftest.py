@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +15,43 @@ import pytest
 
 from picospec_cli import prepare
 from picospec_cli.model_folder import model_home
+from tests.support.container import Images
 from tests.support.daemons import Cloud, Daemons
 from tests.support.nspawn import Machine, make_root, missing_tools
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 600
+CONTAINER_TAG = "localhost/picospec-cloud"
+BASE_PACKAGES = "python3,python3-venv,ca-certificates,libnuma1"
 SITE_PACKAGES = Path(pytest.__file__).parents[1]  # of the environment that runs the tests
+
+
+_POOL = ThreadPoolExecutor()
+_IMAGE = pytest.StashKey[Future[Images]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The image takes minutes to build, mostly of waiting: begin at once, beside other tests."""
+    wanted = any("images" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly:
+        session.config.stash[_IMAGE] = _POOL.submit(build_image)
+
+
+@pytest.fixture(scope="session")
+def images(request: pytest.FixtureRequest) -> Iterator[Images]:
+    """A store with the cloud server's image, CONTAINER_TAG."""
+    images = request.config.stash[_IMAGE].result()
+    yield images
+    images.remove()
+
+
+def build_image() -> Images:
+    if shutil.which("buildah") is None or os.geteuid() != 0:
+        raise RuntimeError("container tests need root and buildah: see CONTRIBUTING.md")
+    images = Images(Path(tempfile.mkdtemp(prefix="picospec-images-")))
+    images.make_base(BASE_PACKAGES)
+    images.build(ROOT / "deploy/container/Containerfile", ROOT, CONTAINER_TAG, VARIANT="cpu")
+    return images
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

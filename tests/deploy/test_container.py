@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
+from tests.deploy.conftest import CONTAINER_TAG as TAG
 from tests.support.chat_over_http import EdgeClient
 from tests.support.container import Container, Images
 from tests.support.daemons import API_KEY, CLOUD_TOKEN, Daemons, until
@@ -23,23 +23,9 @@ from tests.support.machine import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINER = ROOT / "deploy/container"
-TAG = "localhost/picospec-cloud"
-BASE_PACKAGES = "python3,python3-venv,ca-certificates,libnuma1"
 LOAD_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
 ENGINE_ARGS = '{"enforce_eager": true, "dtype": "float32", "max_model_len": 2048}'
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
-    if shutil.which("buildah") is None or os.geteuid() != 0:
-        pytest.fail("container tests need root and buildah: see CONTRIBUTING.md")
-    folder = tmp_path_factory.mktemp("images")
-    images = Images(folder)
-    images.make_base(BASE_PACKAGES)
-    images.build(CONTAINER / "Containerfile", ROOT, TAG, VARIANT="cpu")
-    yield images
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ async def test_split_greedy_text_is_the_references(
 
 
 async def test_split_is_reproducible_whatever_the_draft_length(tiny_engine: VLLMEngine) -> None:
-    """All noise hangs on positions, so how drafts are cut into rounds changes nothing."""
+    """Each random draw depends only on its position, not on how drafts are divided into rounds."""
     sampling = SamplingParams(temperature=1.0, seed=99)
     lengths = itertools.cycle([1, 5, 2, 16, 3])
     outcomes = await asyncio.gather(

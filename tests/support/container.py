@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ class Images:
         container = self.buildah("from", "scratch")
         self.buildah("add", "--quiet", container, root, "/")
         self.buildah("commit", "--quiet", "--rm", container, BASE)
-        subprocess.run(["rm", "-rf", root], check=True)
+        shutil.rmtree(root)
 
     def build(self, containerfile: Path, context: Path, tag: str, **arguments: str) -> None:
         pip_conf = self._folder / "pip.conf"
@@ -83,6 +84,9 @@ class Images:
             "bud", "--isolation=chroot", "--format=docker", f"--build-arg=BASE_IMAGE={BASE}",
             *flags, f"--file={containerfile}", f"--tag={tag}", context,
         )  # fmt: skip
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def config(self, tag: str) -> dict[str, Any]:
         """User, Env, Entrypoint, Healthcheck ... as docker names them."""

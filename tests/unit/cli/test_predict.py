@@ -38,8 +38,8 @@ def costs_file(tmp_path: Path, document: object) -> str:
 def test_the_defaults_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict"]) == 0
     table = capsys.readouterr().out
-    assert "int4: 7.5 ms a draft, acceptance 0.69; cloud-only decoding 25.0 tokens/s" in table
-    assert "int8: 13.2 ms a draft" in table
+    assert "int4: 7.5 ms per draft, acceptance 0.69; cloud-only decoding 25.0 tokens/s" in table
+    assert "int8: 13.2 ms per draft" in table
     assert table.count("break-even RTT") == 2
     assert "n=8" in table
     assert "n=9" not in table

@@ -1,4 +1,4 @@
-"""Log records: one a line, with the request id bound where they were made."""
+"""Log records: one per line, with the request id bound where they were made."""
 
 from __future__ import annotations
 

@@ -197,8 +197,8 @@ def test_a_bad_acceptance_is_refused() -> None:
         simulate(COSTS, Scheme(), Network(), 1.5, 10, seed=1)
 
 
-# The design's own estimates: speed-up over T_v(0) = 40 ms a token by RTT, from a simulation without
-# overheads. What it assumed of windows and kept rows is not on record, so the margin is wide.
+# The design's own estimates: speed-up over T_v(0) = 40 ms per token by RTT, from a simulation
+# without overheads. What it assumed of windows and kept rows is not on record: the margin is wide.
 RTTS_MS = (0.0, 20.0, 50.0, 200.0, 500.0)
 STREAMING = {"window": 64}
 DESIGN = [

@@ -25,7 +25,7 @@ from picospec.protocol.messages import VerificationMode
 
 SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 VERIFY = VerifyCost.affine(45.5, 4.2, plain_ms=40.0)
-DRAFTERS = {0.69: 7.5, 0.965: 13.2}  # ms a token, by acceptance
+DRAFTERS = {0.69: 7.5, 0.965: 13.2}  # ms per token, by acceptance
 INITIAL = DraftPlan(4, 16)
 
 
