@@ -27,86 +27,73 @@ RESERVED_ENGINE_ARGS = frozenset(
 class ServerConfig(Settings):
     """The gRPC server and what it grants one session."""
 
-    host: str = Field("127.0.0.1", description="address that the gRPC server listens on")
-    port: int = Field(50051, ge=0, le=65535, description="its port; 0 takes a free one")
-    auth_token: str = secret(
-        "", description="bearer token that edges must present; empty asks for none"
-    )
-    tls_cert: str = Field("", description="PEM file of the certificate chain; empty: no TLS")
-    tls_key: str = Field("", description="PEM file of the certificate's private key")
-    max_sessions: int = Field(64, ge=1, description="generations served at once")
-    session_idle_timeout_s: float = Field(
-        60.0, gt=0, description="silence after which a session is ended, in seconds"
-    )
-    outbound_frames_max: int = Field(
-        256, ge=1, description="frames kept for an edge that reads slowly"
-    )
-    max_message_bytes: int = Field(
-        4 * 2**20, gt=0, description="largest gRPC message accepted, in bytes"
-    )
-    keepalive_time_s: float = Field(
-        20.0, gt=0, description="quiet time before a connection is probed, in seconds"
-    )
-    keepalive_timeout_s: float = Field(
-        10.0, gt=0, description="wait for the probe's answer, in seconds"
-    )
-    grace_s: float = Field(
-        30.0, ge=0, description="wait for running generations at shutdown, in seconds"
-    )
-    health_interval_s: float = Field(
-        1.0, gt=0, description="how often the engine is looked at, in seconds"
-    )
+    host: str = "127.0.0.1"
+    """address that the gRPC server listens on"""
+    port: int = Field(50051, ge=0, le=65535)
+    """its port; 0 takes a free one"""
+    auth_token: str = secret("")
+    """bearer token that edges must present; empty asks for none"""
+    tls_cert: str = ""
+    """PEM file of the certificate chain; empty: no TLS"""
+    tls_key: str = ""
+    """PEM file of the certificate's private key"""
+    max_sessions: int = Field(64, ge=1)
+    """generations served at once"""
+    session_idle_timeout_s: float = Field(60.0, gt=0)
+    """silence after which a session is ended, in seconds"""
+    outbound_frames_max: int = Field(256, ge=1)
+    """frames kept for an edge that reads slowly"""
+    max_message_bytes: int = Field(4 * 2**20, gt=0)
+    """largest gRPC message accepted, in bytes"""
+    keepalive_time_s: float = Field(20.0, gt=0)
+    """quiet time before a connection is probed, in seconds"""
+    keepalive_timeout_s: float = Field(10.0, gt=0)
+    """wait for the probe's answer, in seconds"""
+    grace_s: float = Field(30.0, ge=0)
+    """wait for running generations at shutdown, in seconds"""
+    health_interval_s: float = Field(1.0, gt=0)
+    """how often the engine is looked at, in seconds"""
 
 
 class EngineConfig(Settings):
     """The target model and the vLLM engine that verifies with it."""
 
-    model: str = Field(
-        "", description="target: folder or repository id; empty: $PICOSPEC_HOME/models/target"
-    )
-    model_id: str = Field("", description="name shown to edges; empty: the model's own")
-    max_draft_tokens: int = Field(
-        16, ge=1, le=256, description="most drafts verified per session in one step"
-    )
-    max_window: int = Field(64, ge=1, le=4096, description="most unverified tokens in flight")
-    max_sparse_k: int = Field(1024, ge=1, le=1 << 24, description="most pairs in a Rejection")
-    min_step_tokens: int = Field(
-        0,
-        ge=0,
-        le=16,
-        description="fewest tokens per forward, the rest is padding; 0: measured at start-up (CPU)",
-    )
-    step_timeout_s: float = Field(
-        300.0,
-        ge=1,
-        le=86_400,
-        description=(
-            "an engine that finishes no step for so long is given up, and the server ends, in "
-            "seconds"
-        ),
-    )
-    args: dict[str, Any] = Field(
-        {}, description="further vLLM engine arguments by their own names, e.g. max_model_len"
-    )
+    model: str = ""
+    """target: folder or repository id; empty: $PICOSPEC_HOME/models/target"""
+    model_id: str = ""
+    """name shown to edges; empty: the model's own"""
+    max_draft_tokens: int = Field(16, ge=1, le=256)
+    """most drafts verified per session in one step"""
+    max_window: int = Field(64, ge=1, le=4096)
+    """most unverified tokens in flight"""
+    max_sparse_k: int = Field(1024, ge=1, le=1 << 24)
+    """most pairs in a Rejection"""
+    min_step_tokens: int = Field(0, ge=0, le=16)
+    """fewest tokens per forward, the rest is padding; 0: measured at start-up (CPU)"""
+    step_timeout_s: float = Field(300.0, ge=1, le=86_400)
+    """an engine that finishes no step for so long is given up, and the server ends, in seconds"""
+    args: dict[str, Any] = Field({})
+    """further vLLM engine arguments by their own names, e.g. max_model_len"""
 
 
 class MetricsConfig(Settings):
     """Where Prometheus scrapes."""
 
-    enabled: bool = Field(True, description="serve Prometheus metrics")
-    host: str = Field("127.0.0.1", description="address of the metrics server")
-    port: int = Field(9400, ge=0, le=65535, description="its port; 0 takes a free one")
+    enabled: bool = True
+    """serve Prometheus metrics"""
+    host: str = "127.0.0.1"
+    """address of the metrics server"""
+    port: int = Field(9400, ge=0, le=65535)
+    """its port; 0 takes a free one"""
 
 
 class LogConfig(Settings):
     """What is logged, and how it looks."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least severe level"
-    )
-    format: Literal["json", "text"] = Field(
-        "text", description="one JSON object per line, or plain text"
-    )
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """least severe level"""
+    format: Literal["json", "text"] = "text"
+    """one JSON object per line, or plain text"""
 
 
 class CloudConfig(Settings):

@@ -19,136 +19,96 @@ DAY_S = 86_400.0
 class ServerConfig(Settings):
     """The OpenAI API."""
 
-    host: str = Field(
-        "127.0.0.1", min_length=1, description="address that the HTTP server listens on"
-    )
-    port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 takes a free one")
-    max_concurrent_requests: int = Field(
-        64, ge=1, le=4096, description="requests answered at once; further ones get 503"
-    )
-    max_body_bytes: int = Field(
-        4 << 20, ge=1024, le=1 << 28, description="largest request body, in bytes"
-    )
-    request_timeout_s: float = Field(
-        600.0,
-        gt=0,
-        le=DAY_S,
-        description="longest time for a request, streaming included, in seconds",
-    )
-    shutdown_grace_s: float = Field(
-        20.0,
-        ge=0,
-        le=3600,
-        description="how long running answers may go on after SIGTERM, in seconds",
-    )
-    api_key: str = secret("", description="bearer token that /v1 asks for; empty asks for none")
+    host: str = Field("127.0.0.1", min_length=1)
+    """address that the HTTP server listens on"""
+    port: int = Field(8080, ge=0, le=65535)
+    """TCP port; 0 takes a free one"""
+    max_concurrent_requests: int = Field(64, ge=1, le=4096)
+    """requests answered at once; further ones get 503"""
+    max_body_bytes: int = Field(4 << 20, ge=1024, le=1 << 28)
+    """largest request body, in bytes"""
+    request_timeout_s: float = Field(600.0, gt=0, le=DAY_S)
+    """longest time for a request, streaming included, in seconds"""
+    shutdown_grace_s: float = Field(20.0, ge=0, le=3600)
+    """how long running answers may go on after SIGTERM, in seconds"""
+    api_key: str = secret("")
+    """bearer token that /v1 asks for; empty asks for none"""
 
 
 class CloudConfig(Settings):
     """The cloud server that verifies."""
 
     address: str = Field(
-        "127.0.0.1:50051",
-        pattern=r"^[^\s/]+:\d{1,5}$",
-        description="host:port of the cloud server",
-        json_schema_extra={"allowed": "host:port"},
+        "127.0.0.1:50051", pattern=r"^[^\s/]+:\d{1,5}$", json_schema_extra={"allowed": "host:port"}
     )
-    token: str = secret("", description="token that the cloud server asks for; empty sends none")
-    tls_ca: str = Field(
-        "",
-        description="PEM file of the authority that signed the cloud's certificate; empty: no TLS",
-    )
-    connect_timeout_s: float = Field(
-        5.0, gt=0, le=DAY_S, description="longest wait for a connection, in seconds"
-    )
-    resume_attempts: int = Field(
-        5, ge=0, le=100, description="attempts to resume a generation after its link broke"
-    )
-    resume_timeout_s: float = Field(
-        30.0, gt=0, le=DAY_S, description="longest time to resume a generation, in seconds"
-    )
-    poll_interval_s: float = Field(
-        5.0,
-        ge=0.1,
-        le=3600,
-        description="how often the cloud is asked which model it serves, in seconds",
-    )
+    """host:port of the cloud server"""
+    token: str = secret("")
+    """token that the cloud server asks for; empty sends none"""
+    tls_ca: str = ""
+    """PEM file of the authority that signed the cloud's certificate; empty: no TLS"""
+    connect_timeout_s: float = Field(5.0, gt=0, le=DAY_S)
+    """longest wait for a connection, in seconds"""
+    resume_attempts: int = Field(5, ge=0, le=100)
+    """attempts to resume a generation after its link broke"""
+    resume_timeout_s: float = Field(30.0, gt=0, le=DAY_S)
+    """longest time to resume a generation, in seconds"""
+    poll_interval_s: float = Field(5.0, ge=0.1, le=3600)
+    """how often the cloud is asked which model it serves, in seconds"""
 
 
 class DrafterConfig(Settings):
     """The small model at the edge."""
 
-    backend: Literal["onnx", "torch", "ngram"] = Field(
-        "onnx", description="what runs the draft model"
-    )
-    model: str = Field("", description="folder of the draft model; ngram needs none")
-    tokenizer: str = Field(
-        "", description="folder of the tokenizer; empty: the draft model's folder"
-    )
-    threads: int = Field(1, ge=1, le=256, description="CPU threads of the drafter")
-    cpu: int | None = Field(None, ge=0, le=4095, description="core to pin the drafter to")
-    max_contexts: int = Field(
-        64,
-        ge=1,
-        le=4096,
-        description="generations the drafter holds at once, each with a KV cache",
-    )
-    turn_timeout_s: float = Field(
-        60.0,
-        ge=1,
-        le=3600,
-        description="a drafter that finishes no turn for so long is replaced, in seconds",
-    )
+    backend: Literal["onnx", "torch", "ngram"] = "onnx"
+    """what runs the draft model"""
+    model: str = ""
+    """folder of the draft model; ngram needs none"""
+    tokenizer: str = ""
+    """folder of the tokenizer; empty: the draft model's folder"""
+    threads: int = Field(1, ge=1, le=256)
+    """CPU threads of the drafter"""
+    cpu: int | None = Field(None, ge=0, le=4095)
+    """core to pin the drafter to"""
+    max_contexts: int = Field(64, ge=1, le=4096)
+    """generations the drafter holds at once, each with a KV cache"""
+    turn_timeout_s: float = Field(60.0, ge=1, le=3600)
+    """a drafter that finishes no turn for so long is replaced, in seconds"""
 
 
 class SpeculationConfig(Settings):
     """How drafts are made and judged (docs/protocol.md)."""
 
-    mode: VerificationMode = Field(
-        VerificationMode.SPLIT, description="how the cloud judges drafts"
-    )
-    draft_length: int = Field(4, ge=1, le=64, description="drafts per round")
-    window: int = Field(32, ge=1, le=1024, description="most unverified tokens in flight")
-    control: Literal["fixed", "adaptive"] = Field(
-        "fixed",
-        description="adaptive: draft_length and window follow what is measured, from these values",
-    )
-    parallel_draft: bool = Field(True, description="continue to draft while verdicts are under way")
-    fast_verify: bool = Field(True, description="send each draft at once instead of whole rounds")
-    round_timeout_s: float = Field(
-        0.0,
-        ge=0,
-        le=60,
-        description=(
-            "fast_verify off: longest wait for a round to fill before it is sent short, in "
-            "seconds; 0: no limit"
-        ),
-    )
-    confidence_stop: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="the drafter pauses after a draft less probable than this; 0: never",
-    )
-    split_rejection: bool = Field(
-        True,
-        description="split: a rejection carries the sparse Top-K; off: the whole distribution",
-    )
-    exact: bool = Field(True, description="split: keep the target's law for any sparse_k")
-    sparse_k: int = Field(
-        64, ge=1, le=65536, description="split: most (id, probability) pairs per rejection"
-    )
-    assist: AssistPolicy = Field(
-        AssistPolicy.NEVER,
-        description="coupled: whether the cloud decodes while it has no drafts",
-    )
+    mode: VerificationMode = VerificationMode.SPLIT
+    """how the cloud judges drafts"""
+    draft_length: int = Field(4, ge=1, le=64)
+    """drafts per round"""
+    window: int = Field(32, ge=1, le=1024)
+    """most unverified tokens in flight"""
+    control: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: draft_length and window follow what is measured, from these values"""
+    parallel_draft: bool = True
+    """continue to draft while verdicts are under way"""
+    fast_verify: bool = True
+    """send each draft at once instead of whole rounds"""
+    round_timeout_s: float = Field(0.0, ge=0, le=60)
+    """fast_verify off: a round not full after so long is sent short, in seconds; 0: no limit"""
+    confidence_stop: float = Field(0.0, ge=0, lt=1)
+    """the drafter pauses after a draft less probable than this; 0: never"""
+    split_rejection: bool = True
+    """split: a rejection carries the sparse Top-K; off: the whole distribution"""
+    exact: bool = True
+    """split: keep the target's law for any sparse_k"""
+    sparse_k: int = Field(64, ge=1, le=65536)
+    """split: most (id, probability) pairs per rejection"""
+    assist: AssistPolicy = AssistPolicy.NEVER
+    """coupled: whether the cloud decodes while it has no drafts"""
 
 
 class LogConfig(Settings):
-    level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least severe level"
-    )
-    format: Literal["text", "json"] = Field("text", description="how a record is written")
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """least severe level"""
+    format: Literal["text", "json"] = "text"
+    """how a record is written"""
 
 
 class EdgeConfig(Settings):

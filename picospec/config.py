@@ -1,10 +1,11 @@
 """Configuration from a TOML file, the environment and flags; a later source wins.
 
 A configuration is a `Settings` with one field per section, a section a `Settings` with one pydantic
-`Field` per key:
+`Field` per key, described by the text below it:
 
     class ServerConfig(Settings):
-        port: int = Field(8080, ge=0, le=65535, description="TCP port")
+        port: int = Field(8080, ge=0, le=65535)
+        '''TCP port'''
 
     class EdgeConfig(Settings):
         server: ServerConfig = ServerConfig()
@@ -47,11 +48,15 @@ class Settings(BaseModel):
     """A configuration, or a section of one. Frozen; unknown keys are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
 
-def secret(default: Any, *, description: str) -> Any:
+def secret(default: Any, *, description: str | None = None) -> Any:
     """A `Field` that is never printed, not even in an error."""
     return Field(default, description=description, repr=False, json_schema_extra={"secret": True})
 
