@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from picospec.config import Settings, secret
+from picospec.config import LogConfig, Settings, secret
 from picospec.errors import ConfigError
 
 ENV_PREFIX = "PICOSPEC_CLOUD_"
@@ -85,15 +85,6 @@ class MetricsConfig(Settings):
     """address of the metrics server"""
     port: int = Field(9400, ge=0, le=65535)
     """its port; 0 takes a free one"""
-
-
-class LogConfig(Settings):
-    """What is logged, and how it looks."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    """least severe level"""
-    format: Literal["json", "text"] = "text"
-    """one JSON object per line, or plain text"""
 
 
 class CloudConfig(Settings):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from picospec.config import Settings, read_arguments, secret
+from picospec.config import LogConfig, Settings, read_arguments, secret
 from picospec.errors import ConfigError
 from picospec.protocol.messages import AssistPolicy, VerificationMode
 
@@ -102,13 +102,6 @@ class SpeculationConfig(Settings):
     """split: most (id, probability) pairs per rejection"""
     assist: AssistPolicy = AssistPolicy.NEVER
     """coupled: whether the cloud decodes while it has no drafts"""
-
-
-class LogConfig(Settings):
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    """least severe level"""
-    format: Literal["text", "json"] = "text"
-    """how a record is written"""
 
 
 class EdgeConfig(Settings):

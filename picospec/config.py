@@ -28,7 +28,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -59,6 +59,15 @@ class Settings(BaseModel):
 def secret(default: Any, *, description: str | None = None) -> Any:
     """A `Field` that is never printed, not even in an error."""
     return Field(default, description=description, repr=False, json_schema_extra={"secret": True})
+
+
+class LogConfig(Settings):
+    """What both daemons log, and how it looks."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """least severe level"""
+    format: Literal["text", "json"] = "text"
+    """plain text, or one JSON object per line"""
 
 
 class _Key(NamedTuple):
