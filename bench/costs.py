@@ -24,13 +24,7 @@ from bench.systems import Task, generate
 from edge_agent.drafting.messages import DraftEvent
 from edge_agent.drafting.process import DraftingProcess
 from picospec.protocol.drafting import Allow, Drafted, Recover, Recovered, Rollback
-from picospec.protocol.messages import (
-    AssistPolicy,
-    Draft,
-    Rejection,
-    TokenArray,
-    VerificationMode,
-)
+from picospec.protocol.messages import AssistPolicy, Draft, Rejection, TokenArray, VerificationMode
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 SAFE_PROB = 1e-12  # claimed for a draft in split mode; the target's is above it: accepted

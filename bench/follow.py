@@ -58,12 +58,7 @@ async def follow(bed: Bed, draft: str, overrides: Overrides) -> Result:
     config = configured(Condition(System.PICOSPEC, draft, RTTS_MS[0], overrides=overrides))
     line = Timeline()
     generator = SpeculativeGenerator(
-        bed.link,
-        bed.drafting[draft],
-        lambda: bed.card,
-        policy_of(config),
-        line,
-        control_of(config),
+        bed.link, bed.drafting[draft], lambda: bed.card, policy_of(config), line, control_of(config)
     )
     request = openings.request(prompt_tokens(bed, own_prompts()[0].prompt), MAX_TOKENS)
     changes = asyncio.create_task(_change(bed))

@@ -38,11 +38,7 @@ SPECULATION: Mapping[System, Mapping[str, Value]] = {
     System.NO_SPLIT_REJECTION: {"split_rejection": False},
     System.NEVER_WAITING: {"mode": "coupled", "assist": "always"},
 }
-ABLATIONS = (
-    System.NO_PARALLEL_DRAFTING,
-    System.NO_FAST_VERIFICATION,
-    System.NO_SPLIT_REJECTION,
-)
+ABLATIONS = (System.NO_PARALLEL_DRAFTING, System.NO_FAST_VERIFICATION, System.NO_SPLIT_REJECTION)
 DRAFTS = ("int4", "int8")
 
 
@@ -200,11 +196,7 @@ def full() -> Suite:
 
 def quick() -> Suite:
     """The main comparison and the switches, a few tokens of each."""
-    systems = (
-        (System.PICOSPEC, ()),
-        (System.NEVER_WAITING, ()),
-        (System.PICOSPEC, ADAPTIVE),
-    )
+    systems = ((System.PICOSPEC, ()), (System.NEVER_WAITING, ()), (System.PICOSPEC, ADAPTIVE))
     return Suite(
         "quick",
         (

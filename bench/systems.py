@@ -192,10 +192,7 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
     coupled = policy.mode is VerificationMode.COUPLED
     generator = SpeculativeGenerator(bed.link, drafting, lambda: bed.card, policy, control=control)
     request = openings.request(
-        task.prompt_token_ids,
-        task.max_tokens,
-        temperature=condition.temperature,
-        seed=task.seed,
+        task.prompt_token_ids, task.max_tokens, temperature=condition.temperature, seed=task.seed
     )
     watch = Stopwatch()
     generation = generator.generate(request)

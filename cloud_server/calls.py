@@ -82,8 +82,7 @@ class SilenceTimer:
             self._look_in(self._timeout_s - quiet_s)
             return
         call.end(
-            "idle",
-            DeadlineExceeded(f"Nothing was heard from the edge for {self._timeout_s:g} s"),
+            "idle", DeadlineExceeded(f"Nothing was heard from the edge for {self._timeout_s:g} s")
         )
 
     def _look_in(self, delay_s: float) -> None:

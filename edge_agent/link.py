@@ -27,11 +27,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 import grpc
 
 from picospec import PROTOCOL_VERSION
-from picospec.errors import (
-    CloudUnavailable,
-    ConfigError,
-    PicoSpecError,
-)
+from picospec.errors import CloudUnavailable, ConfigError, PicoSpecError
 from picospec.protocol import codec, validation
 from picospec.protocol.errors import error_of_status
 from picospec.protocol.messages import CloudFrame, EdgeFrame, ModelCard

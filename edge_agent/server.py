@@ -221,9 +221,7 @@ class EdgeServer:
         """Until nothing runs, the grace is over or a second signal came."""
         waits = [asyncio.create_task(wait) for wait in (gate.drained(), self._forced.wait())]
         await asyncio.wait(
-            waits,
-            timeout=self._config.server.shutdown_grace_s,
-            return_when=asyncio.FIRST_COMPLETED,
+            waits, timeout=self._config.server.shutdown_grace_s, return_when=asyncio.FIRST_COMPLETED
         )
         for wait in waits:
             wait.cancel()

@@ -35,10 +35,7 @@ class Answer:
     def summary(self) -> str:
         """One line of figures, each with its unit, from the edge's usage extension."""
         tokens = int(self.usage.get("completion_tokens", 0))
-        figures = [
-            f"{tokens} output tokens",
-            f"first after {self.time_to_first_token_s:.2f} s",
-        ]
+        figures = [f"{tokens} output tokens", f"first after {self.time_to_first_token_s:.2f} s"]
         if tokens > 1 and self.duration_s > 0:
             figures.append(f"{(tokens - 1) / self.duration_s:.1f} tokens/s")
         speculation = self.usage.get("speculation") or {}

@@ -91,10 +91,7 @@ class CompletionEndpoint:
         card = self._host.card()
         async with ticket.in_time():
             request = await prepare(
-                body,
-                tokenizer=self._host.tokenizer,
-                card=card,
-                request_id=current_request_id.get(),
+                body, tokenizer=self._host.tokenizer, card=card, request_id=current_request_id.get()
             )
         tail = [int(token_id) for token_id in request.prompt_token_ids[-_PROMPT_TAIL:]]
         generation = TextGeneration(

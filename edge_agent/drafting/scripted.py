@@ -16,13 +16,7 @@ import numpy as np
 from edge_agent.drafting.context import DraftContext, OnEvent
 from edge_agent.drafting.drafter import LogitsArray
 from edge_agent.drafting.kv_cache import SpeculativeTokens
-from edge_agent.drafting.messages import (
-    CloseContext,
-    Command,
-    ContextSpec,
-    DrafterSpec,
-    DraftEvent,
-)
+from edge_agent.drafting.messages import CloseContext, Command, ContextSpec, DrafterSpec, DraftEvent
 from edge_agent.drafting.ngram import certain
 from edge_agent.drafting.worker import DraftWorker
 from picospec.errors import CapacityError

@@ -18,15 +18,7 @@ import enum
 from picospec.errors import LocalProtocolError, RemoteOrderError
 from picospec.protocol import validation
 from picospec.protocol.epoch import Epoch
-from picospec.protocol.messages import (
-    CloudFrame,
-    Draft,
-    EdgeFrame,
-    Finish,
-    ModelCard,
-    Open,
-    Opened,
-)
+from picospec.protocol.messages import CloudFrame, Draft, EdgeFrame, Finish, ModelCard, Open, Opened
 
 
 class CloudState(enum.Enum):

@@ -80,11 +80,7 @@ class DraftQueue:
     """
 
     def __init__(
-        self,
-        mode: VerificationMode,
-        committed: Sequence[int],
-        *,
-        verify_whole_rounds: bool = False,
+        self, mode: VerificationMode, committed: Sequence[int], *, verify_whole_rounds: bool = False
     ) -> None:
         """`committed` holds prompt and output, index = position; it grows as tokens commit."""
         self._split = mode is VerificationMode.SPLIT

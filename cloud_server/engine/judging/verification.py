@@ -138,10 +138,7 @@ def verify(
 
 
 def _verify_greedy(
-    scores: torch.Tensor,
-    mode: VerificationMode,
-    draft_token_ids: Sequence[int],
-    step: StepKind,
+    scores: torch.Tensor, mode: VerificationMode, draft_token_ids: Sequence[int], step: StepKind
 ) -> StepResult:
     """All rows at once: P is one-hot, so a draft is accepted exactly if it is the best token."""
     peaks, best = scores.max(dim=-1)

@@ -15,14 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from picospec.performance.controller import DraftLengthController
-from picospec.performance.costs import (
-    Acceptance,
-    Costs,
-    Network,
-    Scheme,
-    Text,
-    check_acceptance,
-)
+from picospec.performance.costs import Acceptance, Costs, Network, Scheme, Text, check_acceptance
 
 # Ranks of events at the same time.
 HAPPENED, ARRIVES, STEP_ENDS, IS_HEARD, BEGINS = range(5)
