@@ -7,6 +7,7 @@ reads a clock, and the same history gives the same plans.
 
 import dataclasses
 import math
+from typing import Any
 
 from edge_agent.estimates import LiveEstimates
 from picospec.performance.controller import DraftPlan
@@ -30,18 +31,9 @@ class FixedLength:
     def __init__(self, plan: DraftPlan) -> None:
         self._plan = plan
 
-    def drafted(self, num_tokens: int, seconds: float) -> None: ...
+    def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def judged(
-        self,
-        num_judged: int,
-        num_accepted: int,
-        num_forwards: int,
-        queue_s: float,
-        compute_s: float,
-    ) -> None: ...
-
-    def round_trip(self, seconds: float) -> None: ...
+    drafted = judged = round_trip = _ignore
 
     def plan(self, now: float) -> DraftPlan:
         return self._plan
