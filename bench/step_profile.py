@@ -11,6 +11,7 @@ slows small operations: shares are to be compared, totals are told without it.
 import argparse
 import asyncio
 import cProfile
+import heapq
 import json
 import pstats
 import tempfile
@@ -78,20 +79,20 @@ async def _profile_step(engine: Any, with_drafts: bool, repeats: int, folder: Pa
     profiled, _ = await decode(engine, STEP_TOKENS, drafts)
     await engine.profile(start=False)
     [trace] = _traces(folder) - before
-    times_us = self_times_us(await asyncio.to_thread(_events, trace))
+    document = await asyncio.to_thread(lambda: json.loads(trace.read_text()))
+    times_us = self_times_us(document["traceEvents"])
     kinds: defaultdict[str, float] = defaultdict(float)
     for name, spent_us in times_us.items():
         kinds[kind_of(name)] += spent_us / 1e3 / profiled["steps"]
-    return {"ms": totals, "profiled_ms": dict(kinds), "top": _most(times_us, profiled["steps"])}
+    top = {
+        name: times_us[name] / 1e3 / profiled["steps"]
+        for name in heapq.nlargest(8, times_us, key=lambda name: times_us[name])
+    }
+    return {"ms": totals, "profiled_ms": dict(kinds), "top": top}
 
 
 def _traces(folder: Path) -> set[Path]:
     return set(folder.rglob("*.json"))
-
-
-def _events(trace: Path) -> list[Event]:
-    events: list[Event] = json.loads(trace.read_text())["traceEvents"]
-    return events
 
 
 def kind_of(name: str) -> str:
@@ -124,11 +125,6 @@ def self_times_us(events: Iterable[Event]) -> dict[str, float]:
         spent[each["name"]] += took
         stack.append((begin + took, each["name"]))
     return dict(spent)
-
-
-def _most(times_us: dict[str, float], steps: float) -> dict[str, float]:
-    names = sorted(times_us, key=lambda name: -times_us[name])[:8]
-    return {name: times_us[name] / 1e3 / steps for name in names}
 
 
 def profile_token(draft: str, temperature: float) -> Result:

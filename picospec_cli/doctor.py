@@ -3,15 +3,14 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from picospec_cli import prepare
 from picospec_cli.chat_client import DEFAULT_URL, ChatClient, configured_api_key
 from picospec_cli.model_folder import damage, model_home, size_mb
+from picospec_cli.prepare import installed_version as _version
 
 CLOUD_ADDRESS = "127.0.0.1:50051"
 PYTHON_MIN = (3, 11)
@@ -129,11 +128,3 @@ def edge(url: str) -> Finding:
     ok = health.get("status") == "ok"
     served = (health.get("cloud") or {}).get("model")
     return Finding(f"edge agent {url}", ok, f"serving {served}" if ok else str(health["problem"]))
-
-
-def _version(name: str) -> str | None:
-    """The installed version of a distribution, or of the first of several (`a|b`)."""
-    for alternative in name.split("|"):
-        with suppress(PackageNotFoundError):
-            return version(alternative)
-    return None

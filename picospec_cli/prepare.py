@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -148,13 +149,16 @@ def _identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def installed_version(name: str) -> str | None:
+    """Of a distribution, or of the first of several (`a|b`)."""
+    for alternative in name.split("|"):
+        with suppress(PackageNotFoundError):
+            return version(alternative)
+    return None
+
+
 def _check_packages() -> None:
-    missing = []
-    for name in NEEDED:
-        try:
-            version(name)
-        except PackageNotFoundError:
-            missing.append(name)
+    missing = [name for name in NEEDED if installed_version(name) is None]
     if missing:
         raise CommandFailed(
             f"preparing models needs {', '.join(missing)}: pip install 'picospec[prepare]'"
