@@ -95,12 +95,12 @@ class DraftWorker:
     def __init__(self, drafter: Drafter, emit: Emit) -> None:
         self._drafter = drafter
         self._emit = emit
-        self._contexts: dict[int, _Context] = {}
+        self.contexts: dict[int, _Context] = {}
         self._turns: deque[int] = deque()  # the ids of _contexts; the next in turn is first
 
     @property
     def runnable(self) -> bool:
-        return any(context.runnable for context in self._contexts.values())
+        return any(context.runnable for context in self.contexts.values())
 
     def handle(self, context_id: int, command: Command) -> None:
         """Apply one command. Those for contexts that are gone are ignored."""
@@ -108,28 +108,28 @@ class DraftWorker:
             self._guarded(context_id, self._open, command)
         elif isinstance(command, CloseContext):
             self._close(context_id)
-        elif context_id in self._contexts:
-            self._guarded(context_id, self._apply, self._contexts[context_id], command)
+        elif context_id in self.contexts:
+            self._guarded(context_id, self._apply, self.contexts[context_id], command)
 
     def step(self) -> None:
         """One turn of the next runnable context; nothing when there is none."""
         for _ in range(len(self._turns)):
             context_id = self._turns[0]
             self._turns.rotate(-1)
-            context = self._contexts[context_id]
+            context = self.contexts[context_id]
             if context.runnable:
                 self._guarded(context_id, self._turn, context)
                 return
 
     def _open(self, context_id: int, command: OpenContext) -> None:
         text = self._drafter.open(command.spec, command.num_committed)
-        self._contexts[context_id] = _Context(
+        self.contexts[context_id] = _Context(
             command.spec, text, command.branch, command.limit, command.blocked
         )
         self._turns.append(context_id)
 
     def _close(self, context_id: int) -> None:
-        context = self._contexts.pop(context_id, None)
+        context = self.contexts.pop(context_id, None)
         if context is not None:
             self._turns.remove(context_id)
             context.text.close()

@@ -155,7 +155,9 @@ class ToyDrafter:
         token_id = draw(law, self._seed, position, purpose)
         self._text.append(token_id)
         probs = (law.prob(token_id),) if self._split else ()
-        events: list[DrafterEvent] = [Drafted(self._branch, position, (token_id,), probs)]
+        events: list[DrafterEvent] = [
+            Drafted(branch=self._branch, position=position, token_ids=(token_id,), probs=probs)
+        ]
         if float(law.probs.max()) < self._confidence_stop:
             self._paused = True
             events.append(Paused(self._branch, position + 1))
@@ -170,9 +172,11 @@ class ToyDrafter:
         token_id = sampler.offer(recover.rejection, recover.attempt)
         if token_id is None:
             self._blocked = True
-            return ProbeNeeded(recover.branch, recover.position, recover.attempt + 1)
+            return ProbeNeeded(
+                branch=recover.branch, position=recover.position, attempt=recover.attempt + 1
+            )
         self._text.append(token_id)
-        return Recovered(recover.branch, recover.position, token_id)
+        return Recovered(branch=recover.branch, position=recover.position, token_id=token_id)
 
 
 def rejection_at(
@@ -193,7 +197,13 @@ def rejection_at(
     index = race(probs[tail], tail, seed, len(text), Purpose.TAIL, attempt)
     token_id = int(tail[index])
     tail_mass = float(probs[tail].sum(dtype=np.float64))
-    return Rejection(kept, probs[kept], tail_mass, token_id, float(probs[token_id]))
+    return Rejection(
+        token_ids=kept,
+        probs=probs[kept],
+        tail_mass=tail_mass,
+        tail_token_id=token_id,
+        tail_prob=float(probs[token_id]),
+    )
 
 
 def judge(

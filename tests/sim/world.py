@@ -182,7 +182,15 @@ class Cloud:
     def _prefilled(self) -> None:
         request, position = self._request, len(self._text)
         self._busy = False
-        self._send(Opened(position, 0, 16, 64, request.sparse_k))
+        self._send(
+            Opened(
+                first_position=position,
+                cached_prompt_tokens=0,
+                max_draft_tokens=16,
+                window=64,
+                sparse_k=request.sparse_k,
+            )
+        )
         language, seed = self._world.scenario.language, request.sampling.seed
         if request.probe:
             found = rejection_at(language, self._text, seed, request.sparse_k, request.probe - 1)
@@ -191,7 +199,13 @@ class Cloud:
         else:
             own = (first_token(language, self._text, seed, request.mode),)
             self._text += own
-            self._send(self._closing(Verdict(self._queue.epoch, position, 0, own)))
+            self._send(
+                self._closing(
+                    Verdict(
+                        epoch=self._queue.epoch, position=position, num_accepted=0, token_ids=own
+                    )
+                )
+            )
         self._plan()
 
     def _plan(self) -> None:
@@ -217,7 +231,13 @@ class Cloud:
         if work is None:
             own = (first_token(language, self._text, seed, request.mode),)
             self._text += own
-            self._send(self._closing(Verdict(self._queue.epoch, position, 0, own)))
+            self._send(
+                self._closing(
+                    Verdict(
+                        epoch=self._queue.epoch, position=position, num_accepted=0, token_ids=own
+                    )
+                )
+            )
         else:
             assert work.position == position
             accepted, own, found = judge(
@@ -230,11 +250,11 @@ class Cloud:
             accepted = min(accepted, len(emitted))
             self._text += emitted
             verdict = Verdict(
-                work.epoch,
-                position,
-                accepted,
-                tuple(emitted[accepted:]),
-                found,
+                epoch=work.epoch,
+                position=position,
+                num_accepted=accepted,
+                token_ids=tuple(emitted[accepted:]),
+                rejection=found,
                 num_draft_tokens=len(work.token_ids),
                 queue_us=10,
                 compute_us=20,
@@ -275,15 +295,15 @@ class World:
         # Apart from the sampling noise, so that faults do not depend on what is drawn.
         self.rng = random.Random(scenario.seed * 7919 + 1)
         self.card = ModelCard(
-            "toy",
-            scenario.language.vocab_size,
-            "",
-            "",
-            scenario.stop,
-            len(scenario.prompt) + scenario.max_tokens,
-            tuple(VerificationMode),
-            Limits(),
-            1,
+            model_id="toy",
+            logits_width=scenario.language.vocab_size,
+            tokenizer_fingerprint="",
+            chat_template_fingerprint="",
+            eos_token_ids=scenario.stop,
+            max_model_len=len(scenario.prompt) + scenario.max_tokens,
+            modes=tuple(VerificationMode),
+            limits=Limits(),
+            protocol_version=1,
         )
         self.spec = SessionSpec(
             session_id="sim",

@@ -25,7 +25,7 @@ def _logical_shift(x: torch.Tensor, shift: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _premixed_table(width: int, device: torch.device) -> torch.Tensor:
+def premixed_table(width: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(noise.premixed_table(width).astype("int32")).to(device)
 
 
@@ -93,6 +93,6 @@ def race(
 
 def full_race(probs: torch.Tensor, token_ids: torch.Tensor | None, key: int) -> int:
     """The race with every token's noise evaluated; one copy to the host, of the winner."""
-    table = _premixed_table(len(probs), probs.device) if token_ids is None else premix(token_ids)
+    table = premixed_table(len(probs), probs.device) if token_ids is None else premix(token_ids)
     scores = probs / exponential(token_hash(table, key))
     return int(scores.argmax())

@@ -22,11 +22,22 @@ def value(metrics: CloudMetrics, name: str, **labels: str) -> float | None:
 
 def test_verdicts_are_counted_as_vllm_does() -> None:
     metrics = CloudMetrics(SCRIPTED_CARD)
-    metrics.opened(Opened(10, 6, 16, 64, 64))
+    metrics.opened(
+        Opened(
+            first_position=10, cached_prompt_tokens=6, max_draft_tokens=16, window=64, sparse_k=64
+        )
+    )
     metrics.verdict(Verdict(0, 10, token_ids=(1,)), num_recovered=0)  # no drafts
-    metrics.verdict(Verdict(0, 11, 2, (9,), num_draft_tokens=4), num_recovered=0)
-    metrics.verdict(Verdict(1, 15, 1, num_draft_tokens=1), num_recovered=1)
-    last = Verdict(1, 16, 1, num_draft_tokens=3, finish_reason=FinishReason.STOP)
+    metrics.verdict(
+        Verdict(epoch=0, position=11, num_accepted=2, token_ids=(9,), num_draft_tokens=4),
+        num_recovered=0,
+    )
+    metrics.verdict(
+        Verdict(epoch=1, position=15, num_accepted=1, num_draft_tokens=1), num_recovered=1
+    )
+    last = Verdict(
+        epoch=1, position=16, num_accepted=1, num_draft_tokens=3, finish_reason=FinishReason.STOP
+    )
     metrics.verdict(last, num_recovered=0)
 
     assert value(metrics, "vllm:spec_decode_num_drafts_total") == 3

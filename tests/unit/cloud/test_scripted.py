@@ -34,12 +34,19 @@ async def test_coupled_accepts_then_goes_on() -> None:
     for _ in range(4):
         tokens.append(toy_target(tokens))
     good = tuple(tokens[4:6])
-    events = await events_of(ScriptedEngine(), Draft(0, 4, good))
+    events = await events_of(ScriptedEngine(), Draft(epoch=0, base_position=4, token_ids=good))
     assert isinstance(events[0], Prefilled)
     assert events[0].first_position == 3
     assert events[1:] == [
         Verdict(0, 3, token_ids=(tokens[3],), num_forwards=1),
-        Verdict(0, 4, 2, (tokens[6],), num_draft_tokens=2, num_forwards=1),
+        Verdict(
+            epoch=0,
+            position=4,
+            num_accepted=2,
+            token_ids=(tokens[6],),
+            num_draft_tokens=2,
+            num_forwards=1,
+        ),
     ]
 
 
@@ -50,8 +57,14 @@ async def test_split_rejects_and_recovers() -> None:
     wrong = tokens[4] % 63 + 1
     events = await events_of(
         ScriptedEngine(),
-        Draft(0, 4, (wrong,), (0.5,)),
-        Draft(1, 4, (tokens[4], tokens[5]), (0.5,), num_forced=1),
+        Draft(epoch=0, base_position=4, token_ids=(wrong,), draft_probs=(0.5,)),
+        Draft(
+            epoch=1,
+            base_position=4,
+            token_ids=(tokens[4], tokens[5]),
+            draft_probs=(0.5,),
+            num_forced=1,
+        ),
         mode=VerificationMode.SPLIT,
         max_tokens=3,
     )
@@ -60,7 +73,12 @@ async def test_split_rejects_and_recovers() -> None:
     assert rejected.rejection is not None
     assert rejected.rejection.token_ids.tolist() == [tokens[4]]
     assert last == Verdict(
-        1, 5, 1, finish_reason=FinishReason.LENGTH, num_draft_tokens=1, num_forwards=1
+        epoch=1,
+        position=5,
+        num_accepted=1,
+        finish_reason=FinishReason.LENGTH,
+        num_draft_tokens=1,
+        num_forwards=1,
     )
 
 
@@ -77,7 +95,7 @@ async def test_aborted_sessions_are_silent() -> None:
     await engine.open("s1", an_open(), events.append)
     await engine.abort("s1")
     await engine.abort("s1")
-    await engine.deliver("s1", Draft(0, 4, (1,)), 0.0)
+    await engine.deliver("s1", Draft(epoch=0, base_position=4, token_ids=(1,)), 0.0)
     await asyncio.sleep(0.02)
     assert events == []
     assert engine.sessions == 0

@@ -208,7 +208,7 @@ async def test_a_second_signal_cuts_the_grace_short() -> None:
         await stream.start()
         os.kill(os.getpid(), signal.SIGTERM)
         await running.until_not_serving()
-        await stream.send(Draft(0, 4, (1,)))
+        await stream.send(Draft(epoch=0, base_position=4, token_ids=(1,)))
         assert (await stream.verdict()).num_draft_tokens == 1  # still served
         os.kill(os.getpid(), signal.SIGTERM)
         assert (await stream.failure()).code == "UNAVAILABLE"

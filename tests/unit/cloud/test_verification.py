@@ -45,7 +45,7 @@ def params_of(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_torch_noise_is_numpy_noise_bit_for_bit(device: str) -> None:
-    table = torch_noise._premixed_table(49_152, torch.device(device))
+    table = torch_noise.premixed_table(49_152, torch.device(device))
     for seed in range(12):
         key = noise.noise_key(seed, 1000 - seed, Purpose.COUPLED, seed % 3)
         bits = noise.token_hash(noise.premixed_table(49_152), key)

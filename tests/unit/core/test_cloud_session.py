@@ -29,19 +29,42 @@ from picospec.protocol.messages import (
 
 SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 CARD = ModelCard(
-    "m", 50, "f", "", (0,), 100, (SPLIT, COUPLED), Limits(max_draft_tokens=4, max_window=6), 1
+    model_id="m",
+    logits_width=50,
+    tokenizer_fingerprint="f",
+    chat_template_fingerprint="",
+    eos_token_ids=(0,),
+    max_model_len=100,
+    modes=(SPLIT, COUPLED),
+    limits=Limits(max_draft_tokens=4, max_window=6),
+    protocol_version=1,
 )
-OPEN = Open("s", np.array([1, 2], np.int32), EMPTY_TOKENS, SamplingParams(), SPLIT, 20)
-OPENED = Opened(2, 0, 4, 6, 64)
+OPEN = Open(
+    session_id="s",
+    prompt_token_ids=np.array([1, 2], np.int32),
+    output_token_ids=EMPTY_TOKENS,
+    sampling=SamplingParams(),
+    mode=SPLIT,
+    max_tokens=20,
+)
+OPENED = Opened(first_position=2, cached_prompt_tokens=0, max_draft_tokens=4, window=6, sparse_k=64)
 REJECTION = Rejection(np.array([1], np.int32), np.ones(1, np.float32))
 
 
 def draft(epoch: int, base: int, *token_ids: int, forced: int = 0, probe: int = 0) -> Draft:
-    return Draft(epoch, base, token_ids, (0.5,) * (len(token_ids) - forced), forced, False, probe)
+    return Draft(
+        epoch=epoch,
+        base_position=base,
+        token_ids=token_ids,
+        draft_probs=(0.5,) * (len(token_ids) - forced),
+        num_forced=forced,
+        end_of_round=False,
+        probe=probe,
+    )
 
 
 def coupled_draft(epoch: int, base: int, *token_ids: int, probe: int = 0) -> Draft:
-    return Draft(epoch, base, token_ids, probe=probe)
+    return Draft(epoch=epoch, base_position=base, token_ids=token_ids, probe=probe)
 
 
 def session_in(state: CloudState) -> CloudSession:
@@ -54,10 +77,12 @@ def session_in(state: CloudState) -> CloudSession:
         session.receive(draft(0, 2, 6, 7, 8))
         return session
     session.send(OPENED)
-    session.send(Verdict(0, 2, 0, (6,)))
+    session.send(Verdict(epoch=0, position=2, num_accepted=0, token_ids=(6,)))
     session.receive(draft(0, 3, 7, 8))
     if state is CloudState.AWAITING_RECOVERY:
-        session.send(Verdict(0, 3, 1, (), REJECTION))
+        session.send(
+            Verdict(epoch=0, position=3, num_accepted=1, token_ids=(), rejection=REJECTION)
+        )
     if state is CloudState.FINISHED:
         session.receive(Finish())
     assert session.state is state
@@ -68,7 +93,7 @@ def coupled_session() -> CloudSession:
     session = CloudSession(CARD)
     session.receive(dataclasses.replace(OPEN, mode=COUPLED))
     session.send(OPENED)
-    session.send(Verdict(0, 2, 0, (6,)))
+    session.send(Verdict(epoch=0, position=2, num_accepted=0, token_ids=(6,)))
     return session
 
 
@@ -83,8 +108,10 @@ def frame_of(event: CloudEvent, session: CloudSession) -> EdgeFrame | CloudFrame
         CloudEvent.EXTENSION: draft(max(epoch, 0), session.epoch.end, 9),
         CloudEvent.FINISH: Finish(),
         CloudEvent.OPENED: OPENED,
-        CloudEvent.VERDICT: Verdict(0, position, 0),
-        CloudEvent.REJECTION: Verdict(0, position, 0, (), REJECTION),
+        CloudEvent.VERDICT: Verdict(epoch=0, position=position, num_accepted=0),
+        CloudEvent.REJECTION: Verdict(
+            epoch=0, position=position, num_accepted=0, token_ids=(), rejection=REJECTION
+        ),
         CloudEvent.LAST_VERDICT: Verdict(0, position, finish_reason=FinishReason.LENGTH),
     }[event]
 
@@ -182,7 +209,7 @@ def test_the_window_is_kept() -> None:
 def test_a_verdict_opens_the_window() -> None:
     session = session_in(CloudState.OPEN)
     session.receive(draft(0, 5, 1, 1, 1, 1))
-    session.send(Verdict(0, 3, 2))
+    session.send(Verdict(epoch=0, position=3, num_accepted=2))
     assert session.receive(draft(0, 9, 1, 1)) is not None
 
 
@@ -222,16 +249,16 @@ def test_a_repeated_probe_changes_nothing() -> None:
     probe = coupled_draft(0, 3, probe=1)
     assert session.receive(probe) is not None
     assert session.receive(probe) is None
-    session.send(Verdict(0, 3, 0, (5,)))
+    session.send(Verdict(epoch=0, position=3, num_accepted=0, token_ids=(5,)))
     assert session.receive(coupled_draft(0, 4, probe=1)) is not None
 
 
 def test_each_probe_of_a_recovery_begins_an_epoch() -> None:
     session = session_in(CloudState.AWAITING_RECOVERY)
     assert session.receive(draft(1, 4, probe=2)) is not None
-    session.send(Verdict(1, 4, 0, (), REJECTION))
+    session.send(Verdict(epoch=1, position=4, num_accepted=0, token_ids=(), rejection=REJECTION))
     assert session.receive(draft(2, 4, probe=3)) is not None
-    session.send(Verdict(2, 4, 0, (), REJECTION))
+    session.send(Verdict(epoch=2, position=4, num_accepted=0, token_ids=(), rejection=REJECTION))
     assert session.receive(draft(3, 4, 9, forced=1)) is not None
 
 
@@ -239,7 +266,7 @@ def test_an_epoch_may_go_on_behind_the_clouds_own_tokens() -> None:
     """Coupled: the bonus token equalled the edge's next draft, so it need not travel."""
     session = coupled_session()
     session.receive(coupled_draft(0, 3, 7))
-    session.send(Verdict(0, 3, 1, (8,)))
+    session.send(Verdict(epoch=0, position=3, num_accepted=1, token_ids=(8,)))
     assert session.receive(coupled_draft(0, 5, 9)) is not None
     assert session.unverified_tokens == 1
     assert session.receive(coupled_draft(0, 4, 8)) is None  # late, known
@@ -249,8 +276,8 @@ def test_an_epoch_may_go_on_behind_the_clouds_own_tokens() -> None:
 def test_a_new_chain_may_begin_below_what_was_sent_meanwhile() -> None:
     """Coupled with assist: verdicts are on their way to the edge as it begins the epoch."""
     session = coupled_session()
-    session.send(Verdict(0, 3, 0, (5,)))
-    session.send(Verdict(0, 4, 0, (5,)))
+    session.send(Verdict(epoch=0, position=3, num_accepted=0, token_ids=(5,)))
+    session.send(Verdict(epoch=0, position=4, num_accepted=0, token_ids=(5,)))
     assert session.receive(coupled_draft(0, 3, 5, 5, 5)) is not None
 
 
@@ -258,13 +285,22 @@ def test_a_session_opened_with_a_probe_recovers_in_epoch_0() -> None:
     session = CloudSession(CARD)
     session.receive(dataclasses.replace(OPEN, probe=2))
     session.send(OPENED)
-    session.send(Verdict(0, 2, 0, (), REJECTION))
+    session.send(Verdict(epoch=0, position=2, num_accepted=0, token_ids=(), rejection=REJECTION))
     assert session.receive(draft(0, 2, 9, forced=1)) is not None
 
 
 def test_after_the_end_everything_is_dropped() -> None:
     session = session_in(CloudState.OPEN)
-    session.send(Verdict(0, 3, 2, (), None, FinishReason.STOP))
+    session.send(
+        Verdict(
+            epoch=0,
+            position=3,
+            num_accepted=2,
+            token_ids=(),
+            rejection=None,
+            finish_reason=FinishReason.STOP,
+        )
+    )
     assert session.finished
     for frame in (OPEN, draft(0, 5, 9), draft(7, 1, 9), Finish()):
         assert session.receive(frame) is None
@@ -272,4 +308,4 @@ def test_after_the_end_everything_is_dropped() -> None:
 
 def test_a_verdict_elsewhere_is_the_engines_fault() -> None:
     with pytest.raises(LocalProtocolError):
-        session_in(CloudState.OPEN).send(Verdict(0, 4, 1))
+        session_in(CloudState.OPEN).send(Verdict(epoch=0, position=4, num_accepted=1))

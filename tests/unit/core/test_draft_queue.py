@@ -28,7 +28,7 @@ def split(*committed: int) -> tuple[DraftQueue, list[int]]:
 def rejected_at_two() -> tuple[DraftQueue, list[int]]:
     """A split queue that awaits recovery at position 2."""
     queue, committed = split(7, 7)
-    queue.add(Draft(0, 2, (4, 5), (0.5, 0.5)), 0.0)
+    queue.add(Draft(epoch=0, base_position=2, token_ids=(4, 5), draft_probs=(0.5, 0.5)), 0.0)
     assert queue.take(1) is not None
     queue.judged(rejected=True)
     return queue, committed
@@ -41,8 +41,8 @@ def test_worked_examples(module: object) -> None:
 
 def test_take_repeats_itself_until_judged() -> None:
     queue, committed = coupled(7, 7)
-    queue.add(Draft(0, 2, (1, 2, 3)), 1.5)
-    work = Work(0, 2, (1, 2), (), 0, 1.5)
+    queue.add(Draft(epoch=0, base_position=2, token_ids=(1, 2, 3)), 1.5)
+    work = Work(epoch=0, position=2, token_ids=(1, 2), draft_probs=(), probe=0, arrived_s=1.5)
     assert queue.take(2) == queue.take(2) == work
     committed += [1, 2, 9]
     queue.judged()
@@ -51,55 +51,55 @@ def test_take_repeats_itself_until_judged() -> None:
 
 def test_the_arrival_is_the_newest_drafts_taken() -> None:
     queue, _ = coupled(7)
-    queue.add(Draft(0, 1, (1,)), 1.0)
-    queue.add(Draft(0, 2, (2,)), 2.0)
-    queue.add(Draft(0, 3, (3,)), 3.0)
+    queue.add(Draft(epoch=0, base_position=1, token_ids=(1,)), 1.0)
+    queue.add(Draft(epoch=0, base_position=2, token_ids=(2,)), 2.0)
+    queue.add(Draft(epoch=0, base_position=3, token_ids=(3,)), 3.0)
     assert [queue.take(n).arrived_s for n in (1, 2, 3)] == [1.0, 2.0, 3.0]  # type: ignore[union-attr]
     assert queue.take(0) is None
 
 
 def test_drafts_before_the_first_token_serve_with_their_tail() -> None:
     queue, committed = split(7, 7)
-    queue.add(Draft(0, 2, (4, 5), (0.5, 0.25)), 0.0)
+    queue.add(Draft(epoch=0, base_position=2, token_ids=(4, 5), draft_probs=(0.5, 0.25)), 0.0)
     committed.append(4)
-    assert queue.take(9) == Work(0, 3, (5,), (0.25,))
+    assert queue.take(9) == Work(epoch=0, position=3, token_ids=(5,), draft_probs=(0.25,))
     assert queue.stale_tokens == 0
 
 
 def test_a_first_token_that_differs_kills_the_epoch_and_the_next_one_lives() -> None:
     queue, committed = split(7, 7)
-    queue.add(Draft(0, 2, (4, 5), (0.5, 0.25)), 0.0)
+    queue.add(Draft(epoch=0, base_position=2, token_ids=(4, 5), draft_probs=(0.5, 0.25)), 0.0)
     committed.append(9)
     assert queue.take(9) is None
-    queue.add(Draft(0, 4, (6,), (0.5,)), 0.0)
+    queue.add(Draft(epoch=0, base_position=4, token_ids=(6,), draft_probs=(0.5,)), 0.0)
     assert not queue.has_work
     assert queue.stale_tokens == 3
-    queue.add(Draft(1, 3, (8,), (0.5,)), 0.0)
-    assert queue.take(9) == Work(1, 3, (8,), (0.5,))
+    queue.add(Draft(epoch=1, base_position=3, token_ids=(8,), draft_probs=(0.5,)), 0.0)
+    assert queue.take(9) == Work(epoch=1, position=3, token_ids=(8,), draft_probs=(0.5,))
 
 
 def test_an_older_epoch_is_counted() -> None:
     queue, _ = coupled(7)
-    queue.add(Draft(0, 1, (1,)), 0.0)
-    queue.add(Draft(1, 1, (2,)), 0.0)
-    queue.add(Draft(0, 2, (1,)), 0.0)
-    assert queue.take(9) == Work(1, 1, (2,))
+    queue.add(Draft(epoch=0, base_position=1, token_ids=(1,)), 0.0)
+    queue.add(Draft(epoch=1, base_position=1, token_ids=(2,)), 0.0)
+    queue.add(Draft(epoch=0, base_position=2, token_ids=(1,)), 0.0)
+    assert queue.take(9) == Work(epoch=1, position=1, token_ids=(2,))
     assert queue.stale_tokens == 2
 
 
 def test_a_duplicate_changes_nothing() -> None:
     queue, _ = coupled(7)
     for _ in range(2):
-        queue.add(Draft(0, 1, (1, 2)), 0.0)
-    queue.add(Draft(0, 2, (2, 3)), 0.0)
-    assert queue.take(9) == Work(0, 1, (1, 2, 3))
+        queue.add(Draft(epoch=0, base_position=1, token_ids=(1, 2)), 0.0)
+    queue.add(Draft(epoch=0, base_position=2, token_ids=(2, 3)), 0.0)
+    assert queue.take(9) == Work(epoch=0, position=1, token_ids=(1, 2, 3))
     assert queue.stale_tokens == 0
 
 
 def test_a_gap_kills_the_epoch() -> None:
     queue, _ = coupled(7)
-    queue.add(Draft(0, 1, (1,)), 0.0)
-    queue.add(Draft(0, 3, (3,)), 0.0)
+    queue.add(Draft(epoch=0, base_position=1, token_ids=(1,)), 0.0)
+    queue.add(Draft(epoch=0, base_position=3, token_ids=(3,)), 0.0)
     assert not queue.has_work
     assert queue.stale_tokens == 2
 
@@ -108,62 +108,66 @@ def test_the_cloud_may_go_ahead_of_the_edge() -> None:
     """Assist: a late frame is compared with what the cloud committed itself."""
     queue, committed = coupled(7)
     committed += [1, 2, 3]
-    queue.add(Draft(0, 1, (1, 2)), 0.0)
+    queue.add(Draft(epoch=0, base_position=1, token_ids=(1, 2)), 0.0)
     assert not queue.has_work
-    queue.add(Draft(0, 3, (3, 4)), 0.0)
-    assert queue.take(9) == Work(0, 4, (4,))
+    queue.add(Draft(epoch=0, base_position=3, token_ids=(3, 4)), 0.0)
+    assert queue.take(9) == Work(epoch=0, position=4, token_ids=(4,))
 
 
 def test_whole_rounds_wait_for_their_end() -> None:
     queue, committed = coupled(7, whole=True)
-    queue.add(Draft(0, 1, (1, 2)), 0.0)
+    queue.add(Draft(epoch=0, base_position=1, token_ids=(1, 2)), 0.0)
     assert not queue.has_work
-    queue.add(Draft(0, 3, (3,), end_of_round=True), 0.0)
-    queue.add(Draft(0, 4, (4,)), 0.0)
-    assert queue.take(9) == Work(0, 1, (1, 2, 3))
+    queue.add(Draft(epoch=0, base_position=3, token_ids=(3,), end_of_round=True), 0.0)
+    queue.add(Draft(epoch=0, base_position=4, token_ids=(4,)), 0.0)
+    assert queue.take(9) == Work(epoch=0, position=1, token_ids=(1, 2, 3))
     committed += [1, 2, 3, 4]
     queue.judged()
     assert not queue.has_work
-    queue.add(Draft(0, 5, (5,), end_of_round=True), 0.0)
-    assert queue.take(9) == Work(0, 5, (5,))
+    queue.add(Draft(epoch=0, base_position=5, token_ids=(5,), end_of_round=True), 0.0)
+    assert queue.take(9) == Work(epoch=0, position=5, token_ids=(5,))
 
 
 def test_a_rejection_ends_the_epoch() -> None:
     queue, _ = rejected_at_two()
     assert queue.awaiting_recovery
     assert queue.stale_tokens == 1  # 5; 4 was judged
-    queue.add(Draft(0, 4, (6,), (0.5,)), 0.0)
+    queue.add(Draft(epoch=0, base_position=4, token_ids=(6,), draft_probs=(0.5,)), 0.0)
     assert not queue.has_work
     assert queue.stale_tokens == 2
 
 
 def test_recovery_by_a_forced_head_alone_then_drafts() -> None:
     queue, committed = rejected_at_two()
-    assert queue.add(Draft(1, 2, (9,), num_forced=1), 0.0) == 9
+    assert queue.add(Draft(epoch=1, base_position=2, token_ids=(9,), num_forced=1), 0.0) == 9
     committed.append(9)
     assert not queue.awaiting_recovery
     assert not queue.has_work
-    assert queue.add(Draft(1, 3, (8,), (0.5,)), 0.0) is None
-    assert queue.take(9) == Work(1, 3, (8,), (0.5,))
+    assert (
+        queue.add(Draft(epoch=1, base_position=3, token_ids=(8,), draft_probs=(0.5,)), 0.0) is None
+    )
+    assert queue.take(9) == Work(epoch=1, position=3, token_ids=(8,), draft_probs=(0.5,))
 
 
 def test_a_repeated_forced_head_is_committed_once() -> None:
     queue, committed = rejected_at_two()
-    frame = Draft(1, 2, (9, 8), (0.5,), num_forced=1)
+    frame = Draft(epoch=1, base_position=2, token_ids=(9, 8), draft_probs=(0.5,), num_forced=1)
     assert queue.add(frame, 0.0) == 9
     committed.append(9)
     assert queue.add(frame, 0.0) is None
-    longer = Draft(1, 2, (9, 8, 7), (0.5, 0.25), num_forced=1)
+    longer = Draft(
+        epoch=1, base_position=2, token_ids=(9, 8, 7), draft_probs=(0.5, 0.25), num_forced=1
+    )
     assert queue.add(longer, 0.0) is None
-    assert queue.take(9) == Work(1, 3, (8, 7), (0.5, 0.25))
+    assert queue.take(9) == Work(epoch=1, position=3, token_ids=(8, 7), draft_probs=(0.5, 0.25))
 
 
 @pytest.mark.parametrize(
     "frame",
     [
-        Draft(1, 2, (9,), (0.5,)),  # not forced
-        Draft(1, 1, (9,), (), num_forced=1),  # elsewhere
-        Draft(1, 3, (9,), (), num_forced=1),
+        Draft(epoch=1, base_position=2, token_ids=(9,), draft_probs=(0.5,)),  # not forced
+        Draft(epoch=1, base_position=1, token_ids=(9,), draft_probs=(), num_forced=1),  # elsewhere
+        Draft(epoch=1, base_position=3, token_ids=(9,), draft_probs=(), num_forced=1),
         Draft(1, 3, probe=2),
     ],
 )
@@ -172,12 +176,17 @@ def test_nothing_else_recovers(frame: Draft) -> None:
     assert queue.add(frame, 0.0) is None
     assert queue.awaiting_recovery
     assert not queue.has_work
-    assert queue.add(Draft(2, 2, (9,), num_forced=1), 0.0) == 9
+    assert queue.add(Draft(epoch=2, base_position=2, token_ids=(9,), num_forced=1), 0.0) == 9
 
 
 def test_a_forced_head_without_a_rejection_is_dropped() -> None:
     queue, _ = split(7, 7)
-    assert queue.add(Draft(0, 2, (9, 8), (0.5,), num_forced=1), 0.0) is None
+    assert (
+        queue.add(
+            Draft(epoch=0, base_position=2, token_ids=(9, 8), draft_probs=(0.5,), num_forced=1), 0.0
+        )
+        is None
+    )
     assert not queue.has_work
     assert queue.stale_tokens == 2
 
@@ -197,7 +206,9 @@ def test_probes_of_a_recovery() -> None:
 
 def test_a_probe_behind_a_forced_head() -> None:
     queue, committed = rejected_at_two()
-    committed.append(queue.add(Draft(1, 2, (9,), num_forced=1), 0.0) or 0)
+    committed.append(
+        queue.add(Draft(epoch=1, base_position=2, token_ids=(9,), num_forced=1), 0.0) or 0
+    )
     queue.add(Draft(1, 3, probe=1), 2.0)
     assert queue.take(9) == Work(1, 3, probe=1, arrived_s=2.0)
 
@@ -217,7 +228,7 @@ def test_the_answer_to_an_opening_probe() -> None:
     queue, _ = split(7, 7)
     queue.judged(rejected=True)
     assert queue.epoch == 0
-    assert queue.add(Draft(0, 2, (9,), num_forced=1), 0.0) == 9
+    assert queue.add(Draft(epoch=0, base_position=2, token_ids=(9,), num_forced=1), 0.0) == 9
 
 
 frames = st.builds(
@@ -243,13 +254,13 @@ def test_whatever_comes_work_starts_at_the_first_uncommitted_position(
             num_forced = min(step.num_forced, len(step.token_ids))
             probs = (0.5,) * (len(step.token_ids) - num_forced)
             frame = Draft(
-                step.epoch,
-                step.base_position,
-                step.token_ids,
-                probs if mode is SPLIT else (),
-                num_forced if mode is SPLIT else 0,
-                step.end_of_round,
-                0 if step.token_ids else 1 + step.probe,
+                epoch=step.epoch,
+                base_position=step.base_position,
+                token_ids=step.token_ids,
+                draft_probs=probs if mode is SPLIT else (),
+                num_forced=num_forced if mode is SPLIT else 0,
+                end_of_round=step.end_of_round,
+                probe=0 if step.token_ids else 1 + step.probe,
             )
             recovered = queue.add(frame, 0.0)
             if recovered is not None:
@@ -274,13 +285,20 @@ def test_whatever_comes_work_starts_at_the_first_uncommitted_position(
 
 def test_a_step_takes_no_more_than_the_edge_asks_for() -> None:
     queue, committed = split(7)
-    queue.add(Draft(0, 1, (1, 2, 3), (0.5,) * 3, step_limit=2), 0.0)
+    queue.add(
+        Draft(epoch=0, base_position=1, token_ids=(1, 2, 3), draft_probs=(0.5,) * 3, step_limit=2),
+        0.0,
+    )
     work = queue.take(9)
     assert work is not None
     assert work.token_ids == (1, 2)
     committed += [1, 2]
     queue.judged()
-    queue.add(Draft(0, 4, (4, 5, 6), (0.5,) * 3), 0.0)  # says nothing: as before
+    queue.add(
+        Draft(epoch=0, base_position=4, token_ids=(4, 5, 6), draft_probs=(0.5,) * 3), 0.0
+    )  # says nothing: as before
     assert len(queue.take(9).token_ids) == 2  # type: ignore[union-attr]
-    queue.add(Draft(0, 7, (7,), (0.5,), step_limit=8), 0.0)
+    queue.add(
+        Draft(epoch=0, base_position=7, token_ids=(7,), draft_probs=(0.5,), step_limit=8), 0.0
+    )
     assert len(queue.take(9).token_ids) == 5  # type: ignore[union-attr]

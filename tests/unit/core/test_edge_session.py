@@ -92,7 +92,12 @@ def started(max_tokens: int = 20, **policy: Any) -> EdgeSession:
 
 def drafted(session: EdgeSession, *token_ids: int, now: float = 0.0) -> list[Effect]:
     probs = (0.5,) * len(token_ids)
-    return session.handle(Drafted(session.branch, session.chain.end, token_ids, probs), now)
+    return session.handle(
+        Drafted(
+            branch=session.branch, position=session.chain.end, token_ids=token_ids, probs=probs
+        ),
+        now,
+    )
 
 
 def recovered(session: EdgeSession, token_id: int) -> Recovered:
@@ -183,7 +188,7 @@ def event_of(kind: EventKind, session: EdgeSession) -> EdgeEvent:
         case EventKind.START:
             return Start()
         case EventKind.DRAFTED:
-            return Drafted(branch, end, (9,), (0.5,))
+            return Drafted(branch=branch, position=end, token_ids=(9,), probs=(0.5,))
         case EventKind.EXHAUSTED:
             return Exhausted(branch, end)
         case EventKind.PAUSED:
@@ -267,7 +272,9 @@ def test_drafts_go_out_at_once_and_before_the_opening_is_confirmed() -> None:
 
 def test_split_drafts_carry_their_probabilities() -> None:
     session = started(mode=SPLIT)
-    effects = session.handle(Drafted(session.branch, 3, (7,), (1.0000001,)), 0.0)
+    effects = session.handle(
+        Drafted(branch=session.branch, position=3, token_ids=(7,), probs=(1.0000001,)), 0.0
+    )
     assert frames(effects) == [make_draft(base_position=3, token_ids=(7,), draft_probs=(1.0,))]
 
 
@@ -277,7 +284,7 @@ def test_a_first_token_that_differs_starts_a_branch_and_an_epoch() -> None:
     drafted(session, 5, 6)
     session.handle(OPENED, 0.0)
     effects = session.handle(make_verdict(position=2, token_ids=(9,)), 0.0)
-    assert effects == [Commit((9,)), Rollback(1, 2, (9,)), Allow(7)]
+    assert effects == [Commit((9,)), Rollback(branch=1, length=2, token_ids=(9,)), Allow(7)]
     assert session.stale_tokens == 2
     assert frames(drafted(session, 4)) == [make_draft(epoch=1, base_position=3, token_ids=(4,))]
 
@@ -350,12 +357,12 @@ def test_a_round_ends_early_with_the_drafter_or_the_answer() -> None:
 def test_old_branches_are_ignored_and_unknown_ones_are_not() -> None:
     session = started()
     assert session.branch == 1
-    assert session.handle(Drafted(0, 3, (7,)), 0.0) == []
+    assert session.handle(Drafted(branch=0, position=3, token_ids=(7,)), 0.0) == []
     assert session.handle(Exhausted(0, 3), 0.0) == []
     with pytest.raises(LocalProtocolError):
-        session.handle(Drafted(2, 3, (7,)), 0.0)
+        session.handle(Drafted(branch=2, position=3, token_ids=(7,)), 0.0)
     with pytest.raises(LocalProtocolError):
-        session.handle(Drafted(1, 4, (7,)), 0.0)
+        session.handle(Drafted(branch=1, position=4, token_ids=(7,)), 0.0)
 
 
 # -- verdicts ------------------------------------------------------------------------------------
@@ -377,7 +384,7 @@ def test_a_bonus_token_that_differs_rolls_back_to_it() -> None:
     effects = session.handle(
         make_verdict(position=3, num_accepted=1, token_ids=(5,), num_draft_tokens=1), 0.0
     )
-    assert effects == [Commit((7, 5)), Rollback(2, 4, (5,)), Allow(9)]
+    assert effects == [Commit((7, 5)), Rollback(branch=2, length=4, token_ids=(5,)), Allow(9)]
     assert session.stale_tokens == 2
 
 
@@ -385,7 +392,7 @@ def test_assist_tokens_agree_as_far_as_they_do() -> None:
     session = started()
     drafted(session, 7, 8, 9)
     effects = session.handle(make_verdict(position=3, token_ids=(7, 8, 4, 3)), 0.0)
-    assert effects[:2] == [Commit((7, 8, 4, 3)), Rollback(2, 5, (4, 3))]
+    assert effects[:2] == [Commit((7, 8, 4, 3)), Rollback(branch=2, length=5, token_ids=(4, 3))]
 
 
 def test_the_cloud_finishes() -> None:
@@ -462,7 +469,10 @@ def test_a_rejection_asks_the_drafter() -> None:
     effects = session.handle(
         make_verdict(position=3, num_accepted=1, rejection=REJECTION, num_draft_tokens=2), 0.0
     )
-    assert effects == [Commit((7,)), Recover(2, 4, REJECTION, attempt=0, judged=True)]
+    assert effects == [
+        Commit((7,)),
+        Recover(branch=2, position=4, rejection=REJECTION, attempt=0, judged=True),
+    ]
     assert session.stale_tokens == 1
 
 
@@ -523,7 +533,7 @@ def test_probes_ask_for_fresh_tail_samples() -> None:
         Send(make_draft(epoch=1, base_position=4, probe=2))
     ]
     effects = session.handle(make_verdict(epoch=1, position=4, rejection=REJECTION), 0.0)
-    assert effects == [Recover(3, 4, REJECTION, attempt=1, judged=True)]
+    assert effects == [Recover(branch=3, position=4, rejection=REJECTION, attempt=1, judged=True)]
     assert session.handle(ProbeNeeded(3, 4, attempt=2), 0.0) == [
         Send(make_draft(epoch=2, base_position=4, probe=3))
     ]
@@ -536,7 +546,7 @@ def test_a_drafter_with_nothing_to_propose_probes_once() -> None:
     ]
     assert session.handle(Exhausted(session.branch, 3), 0.0) == []
     effects = session.handle(make_verdict(position=3, rejection=REJECTION), 0.0)
-    assert effects == [Recover(2, 3, REJECTION, attempt=0, judged=False)]
+    assert effects == [Recover(branch=2, position=3, rejection=REJECTION, attempt=0, judged=False)]
 
 
 def test_it_probes_after_its_last_draft_is_judged() -> None:
@@ -546,7 +556,7 @@ def test_it_probes_after_its_last_draft_is_judged() -> None:
     effects = session.handle(make_verdict(position=3, num_accepted=1), 0.0)
     assert effects == [Commit((7,)), Send(make_draft(base_position=4, probe=1))]
     effects = session.handle(make_verdict(position=4, token_ids=(8,)), 0.0)
-    assert effects[:2] == [Commit((8,)), Rollback(2, 4, (8,))]
+    assert effects[:2] == [Commit((8,)), Rollback(branch=2, length=4, token_ids=(8,))]
     assert frames(drafted(session, 9)) == [make_draft(epoch=1, base_position=5, token_ids=(9,))]
 
 
@@ -624,7 +634,9 @@ def test_a_pending_probe_becomes_the_openings(when: str) -> None:
     assert request.output_token_ids.tolist() == [6, 7]
     session.handle(dataclasses.replace(OPENED, first_position=4), 0.0)
     effects = session.handle(make_verdict(position=4, rejection=REJECTION), 0.0)
-    assert effects == [Recover(branch + 1, 4, REJECTION, attempt=1, judged=True)]
+    assert effects == [
+        Recover(branch=branch + 1, position=4, rejection=REJECTION, attempt=1, judged=True)
+    ]
     assert frames(session.handle(recovered(session, 9), 0.0)) == [
         make_draft(base_position=4, token_ids=(9,), num_forced=1)
     ]
@@ -637,7 +649,7 @@ def test_an_unanswered_exhaustion_probe_is_given_up_with_its_link() -> None:
     assert [type(frame) for frame in frames(session.handle(Resume(), 0.0))] == [Open]
     session.handle(dataclasses.replace(OPENED, first_position=3), 0.0)
     effects = session.handle(make_verdict(position=3, token_ids=(8,)), 0.0)
-    assert effects[:2] == [Commit((8,)), Rollback(2, 3, (8,))]
+    assert effects[:2] == [Commit((8,)), Rollback(branch=2, length=3, token_ids=(8,))]
 
 
 def test_a_generation_may_end_without_a_link() -> None:
@@ -764,7 +776,7 @@ def test_a_log_replays_a_run() -> None:
             Start(),
             OPENED,
             make_verdict(position=2, token_ids=(6,)),
-            Drafted(1, 3, (7, 8), (0.5, 0.5)),
+            Drafted(branch=1, position=3, token_ids=(7, 8), probs=(0.5, 0.5)),
             make_verdict(position=3, num_accepted=1, rejection=REJECTION, num_draft_tokens=2),
             SetLength(3, 9),
             ProbeNeeded(2, 4, attempt=1),
@@ -783,7 +795,7 @@ def test_a_log_replays_a_run() -> None:
 def test_a_replay_fails_as_the_run_did() -> None:
     session = started()
     with pytest.raises(LocalProtocolError) as failed:
-        session.handle(Drafted(9, 3, (7,)), 0.0)
+        session.handle(Drafted(branch=9, position=3, token_ids=(7,)), 0.0)
     again = new_session()
     with pytest.raises(LocalProtocolError) as replayed:
         replay(again, session.log)

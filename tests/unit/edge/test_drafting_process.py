@@ -118,7 +118,9 @@ class Chat:
                 self.branch += 1
                 self.drafts = []
                 if self.spec.mode is VerificationMode.COUPLED:
-                    self.context.send(Rollback(self.branch, len(self.text), (7,)))
+                    self.context.send(
+                        Rollback(branch=self.branch, length=len(self.text), token_ids=(7,))
+                    )
                     self.commit(7)
                 else:
                     self.recover(0, rollback=False)
@@ -137,9 +139,21 @@ class Chat:
         logits = pseudo_model(WIDTH, MODEL_SEED)(np.array(self.text))
         tail_token = int(np.argsort(-logits)[attempt % 3])
         rejection = Rejection(
-            np.array([30, 31], np.int32), np.array([0.1, 0.1], np.float32), 0.8, tail_token, 0.2
+            token_ids=np.array([30, 31], np.int32),
+            probs=np.array([0.1, 0.1], np.float32),
+            tail_mass=0.8,
+            tail_token_id=tail_token,
+            tail_prob=0.2,
         )
-        self.context.send(Recover(self.branch, position, rejection, attempt, judged=True))
+        self.context.send(
+            Recover(
+                branch=self.branch,
+                position=position,
+                rejection=rejection,
+                attempt=attempt,
+                judged=True,
+            )
+        )
 
     def commit(self, token_id: int) -> None:
         self.text.append(token_id)
@@ -175,17 +189,17 @@ class CrashingDrafting(ScriptedDrafting):
     def __init__(self, seed: int) -> None:
         super().__init__(pseudo_model(WIDTH, MODEL_SEED), WIDTH)
         self._random = random.Random(seed)
-        self._life = 0
+        self.life = 0
 
     def _emit(self, context_id, event) -> None:
-        life = self._life
+        life = self.life
         asyncio.get_running_loop().call_soon(
-            lambda: self._life == life and self._deliver(context_id, event)
+            lambda: self.life == life and self._deliver(context_id, event)
         )
 
     def _schedule(self) -> None:
         if self._random.random() < 0.05:
-            self._life += 1
+            self.life += 1
             self._worker = DraftWorker(self.drafter, self._emit)
             for context_id, context in self.contexts.items():
                 for command in context.rebuild():
@@ -200,7 +214,7 @@ async def test_rebuilt_contexts_go_on_where_the_events_left_off(seed):
     for chat in chats:
         await asyncio.wait_for(chat.done.wait(), 30)
     same(chats, expected)
-    assert drafting._life > 20
+    assert drafting.life > 20
 
 
 async def test_process_and_double_draft_the_same(script_spec):
@@ -265,18 +279,22 @@ async def test_worker_killed_while_a_probe_is_out(script_spec):
         context.send(Allow(5))
         await until(lambda: len(events) == 2)
         certain_tail = Rejection(
-            np.array([3], np.int32), np.zeros(1, np.float32), 1.0, events[0].token_ids[0], 1e-9
+            token_ids=np.array([3], np.int32),
+            probs=np.zeros(1, np.float32),
+            tail_mass=1.0,
+            tail_token_id=events[0].token_ids[0],
+            tail_prob=1e-9,
         )
-        context.send(Recover(1, 3, certain_tail, 0, judged=True))
+        context.send(Recover(branch=1, position=3, rejection=certain_tail, attempt=0, judged=True))
         await until(lambda: len(events) == 3)
-        assert events[2] == ProbeNeeded(1, 3, 1)
+        assert events[2] == ProbeNeeded(branch=1, position=3, attempt=1)
         os.kill(drafting.pid, signal.SIGKILL)
         await until(lambda: drafting.restarts == 1)
         await asyncio.sleep(0.05)
         assert len(events) == 3  # waits for the probe's answer as before
-        context.send(Recover(2, 3, certain_tail, 1, judged=True))
+        context.send(Recover(branch=2, position=3, rejection=certain_tail, attempt=1, judged=True))
         await until(lambda: len(events) > 3)
-        assert events[3] == ProbeNeeded(2, 3, 2)
+        assert events[3] == ProbeNeeded(branch=2, position=3, attempt=2)
 
 
 async def test_too_many_deaths_fail_the_chats_then_it_is_tried_again(script_spec, monkeypatch):
@@ -336,7 +354,7 @@ async def test_events_of_an_older_branch_are_not_delivered(script_spec):
         context.send(Allow(50))
         await until(lambda: len(events) >= 3)
         seen = len(events)
-        context.send(Rollback(1, 4, (9,)))
+        context.send(Rollback(branch=1, length=4, token_ids=(9,)))
         assert len(events) == seen
         await until(lambda: len(events) == seen + 45)
         assert [event.branch for event in events[seen:]] == [1] * 45
@@ -413,7 +431,7 @@ async def test_ngram_in_a_worker(tmp_path):
         context.send(Allow(10))
         await until(lambda: len(events) == 3)
         assert [event.token_ids for event in events] == [(4,), (1,), (2,)]
-        context.send(Rollback(1, 8, (77,)))
+        context.send(Rollback(branch=1, length=8, token_ids=(77,)))
         await until(lambda: len(events) == 4)
         assert events[3] == Exhausted(1, 9)
 
@@ -496,6 +514,6 @@ async def test_waiting_for_a_rejection_is_no_drafting(script_spec) -> None:
         before_s, waited_s = drafting.drafting_s, 0.5
         await asyncio.sleep(waited_s)
         certain = Rejection(np.array([7], np.int32), np.ones(1, np.float32))
-        context.send(Recover(1, 3, certain, 0, judged=True))
+        context.send(Recover(branch=1, position=3, rejection=certain, attempt=0, judged=True))
         await until(lambda: any(isinstance(event, Recovered) for event in events))
         assert drafting.drafting_s - before_s < waited_s / 2

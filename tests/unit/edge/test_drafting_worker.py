@@ -81,7 +81,9 @@ def test_split_draft_follows_its_law_and_reports_q(params):
     for event in events:
         law = expected_law(text, spec.sampling)
         token_id = draw(law, 7, len(text), Purpose.DRAFT)
-        assert event == Drafted(0, len(text), (token_id,), (law.prob(token_id),))
+        assert event == Drafted(
+            branch=0, position=len(text), token_ids=(token_id,), probs=(law.prob(token_id),)
+        )
         text.append(token_id)
 
 
@@ -91,7 +93,7 @@ def test_coupled_draft_runs_the_shared_race_and_sends_no_q():
     text = [1, 2, 3]
     for event in harness.run():
         token_id = draw(expected_law(text, spec.sampling), 7, len(text), Purpose.COUPLED)
-        assert event == Drafted(0, len(text), (token_id,), ())
+        assert event == Drafted(branch=0, position=len(text), token_ids=(token_id,), probs=())
         text.append(token_id)
     assert len(text) == 8
 
@@ -112,7 +114,7 @@ def test_rollback_at_any_moment_continues_as_a_fresh_context_would():
             harness, spec = Harness(MODEL), context_spec()
             harness.open(0, spec, limit=3 + drafted)
             chain = [event.token_ids[0] for event in harness.run()]
-            harness.worker.handle(0, Rollback(1, 3 + back, (5,)))
+            harness.worker.handle(0, Rollback(branch=1, length=3 + back, token_ids=(5,)))
             harness.worker.handle(0, Allow(12))
             fresh = Harness(MODEL)
             committed = np.array([1, 2, 3, *chain[:back], 5], np.int32)
@@ -132,19 +134,27 @@ def test_stop_token_and_the_script_s_end_exhaust_until_a_rollback():
     harness = Harness(sequence([4, 5, 6, 7], start=3))
     harness.open(0, context_spec(stop=(5,)), limit=20)
     assert harness.run() == [
-        Drafted(0, 3, (4,), (1.0,)),
-        Drafted(0, 4, (5,), (1.0,)),
+        Drafted(branch=0, position=3, token_ids=(4,), probs=(1.0,)),
+        Drafted(branch=0, position=4, token_ids=(5,), probs=(1.0,)),
         Exhausted(0, 5),
     ]
     harness.worker.handle(0, Allow(30))
     assert harness.run() == []
-    harness.worker.handle(0, Rollback(1, 4, (9,)))
+    harness.worker.handle(0, Rollback(branch=1, length=4, token_ids=(9,)))
     events = harness.run()
-    assert events == [Drafted(1, 5, (6,), (1.0,)), Drafted(1, 6, (7,), (1.0,)), Exhausted(1, 7)]
+    assert events == [
+        Drafted(branch=1, position=5, token_ids=(6,), probs=(1.0,)),
+        Drafted(branch=1, position=6, token_ids=(7,), probs=(1.0,)),
+        Exhausted(1, 7),
+    ]
 
 
 REJECTION = Rejection(
-    np.array([3, 1, 2], np.int32), np.array([0.4, 0.3, 0.2], np.float32), 0.1, 9, 0.05
+    token_ids=np.array([3, 1, 2], np.int32),
+    probs=np.array([0.4, 0.3, 0.2], np.float32),
+    tail_mass=0.1,
+    tail_token_id=9,
+    tail_prob=0.05,
 )
 
 
@@ -155,19 +165,24 @@ def test_recovery_uses_the_law_the_draft_was_drawn_from(seed, kept):
     harness.open(0, spec, limit=9)
     chain = [event.token_ids[0] for event in harness.run()]
     if not kept:
-        harness.worker._contexts[0].laws.clear()
+        harness.worker.contexts[0].laws.clear()
     text = [1, 2, 3, *chain[:2]]
     law = expected_law(text, spec.sampling)
     attempt = 0
     while True:
-        harness.worker.handle(0, Recover(1 + attempt, 5, REJECTION, attempt, judged=True))
+        harness.worker.handle(
+            0,
+            Recover(
+                branch=1 + attempt, position=5, rejection=REJECTION, attempt=attempt, judged=True
+            ),
+        )
         recovered = RejectionSampler(seed, 5, law).offer(REJECTION, attempt)
         events = harness.run()
         if recovered is not None:
             break
-        assert events == [ProbeNeeded(1 + attempt, 5, attempt + 1)]
+        assert events == [ProbeNeeded(branch=1 + attempt, position=5, attempt=attempt + 1)]
         attempt += 1
-    assert events[0] == Recovered(1 + attempt, 5, recovered)
+    assert events[0] == Recovered(branch=1 + attempt, position=5, token_id=recovered)
     assert [event.position for event in events[1:]] == [6, 7, 8]
     assert all(event.branch == 1 + attempt for event in events)
 
@@ -176,9 +191,14 @@ def test_recovery_without_a_judged_draft_follows_p_itself():
     harness = Harness(sequence([], start=3))
     harness.open(0, context_spec(), limit=9)
     assert harness.run() == [Exhausted(0, 3)]
-    harness.worker.handle(0, Recover(1, 3, REJECTION, 0, judged=False))
+    harness.worker.handle(
+        0, Recover(branch=1, position=3, rejection=REJECTION, attempt=0, judged=False)
+    )
     token_id = RejectionSampler(7, 3, None).offer(REJECTION, 0)
-    assert harness.events[0] == (0, Recovered(1, 3, token_id))  # at once, not in a turn
+    assert harness.events[0] == (
+        0,
+        Recovered(branch=1, position=3, token_id=token_id),
+    )  # at once, not in a turn
 
 
 def test_laws_are_bounded(monkeypatch):
@@ -186,7 +206,7 @@ def test_laws_are_bounded(monkeypatch):
     harness = Harness(MODEL)
     harness.open(0, context_spec(), limit=50)
     harness.run()
-    assert list(harness.worker._contexts[0].laws) == [46, 47, 48, 49]
+    assert list(harness.worker.contexts[0].laws) == [46, 47, 48, 49]
 
 
 def test_a_failing_context_ends_alone():
@@ -329,7 +349,7 @@ def test_an_unsure_drafter_pauses_until_it_is_allowed_on() -> None:
     harness.worker.handle(1, Allow(20))
     drafted, paused = harness.run()
     assert (drafted.position, paused) == (4, Paused(0, 5))
-    harness.worker.handle(1, Rollback(1, 4, (9,)))
+    harness.worker.handle(1, Rollback(branch=1, length=4, token_ids=(9,)))
     assert [type(event) for event in harness.run()] == [Drafted, Paused]
 
 

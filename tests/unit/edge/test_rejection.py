@@ -27,6 +27,7 @@ from picospec.protocol.messages import Rejection, SamplingParams, VerificationMo
 from picospec.sampling.distribution import Distribution
 from picospec.sampling.noise import Purpose
 from picospec.sampling.rejection import residual
+from tests.support.builders import make_rejection
 
 Law = dict[Hashable, float]
 POSITION = 5
@@ -208,7 +209,14 @@ def test_without_a_judged_draft_the_token_follows_the_target(oracle: Oracle, spa
 def offer_of(
     ids: list[int], probs: list[float], tail: tuple[float, int, float] = (0.0, 0, 0.0)
 ) -> Rejection:
-    return Rejection(np.array(ids, np.int32), np.array(probs, np.float32), *tail)
+    tail_mass, tail_token_id, tail_prob = tail
+    return make_rejection(
+        token_ids=ids,
+        probs=probs,
+        tail_mass=tail_mass,
+        tail_token_id=tail_token_id,
+        tail_prob=tail_prob,
+    )
 
 
 def test_it_is_a_function_of_its_arguments() -> None:
