@@ -49,7 +49,7 @@ def edge(site: Site, outside_cloud: Cloud) -> EdgeClient:
     machine.write("/etc/picospec/edge.credentials/SERVER_API_KEY", API_KEY)
     machine.write("/etc/picospec/edge.credentials/CLOUD_TOKEN", CLOUD_TOKEN)
     machine.drop_in(UNIT, FAST)
-    machine.run("systemctl", "start", UNIT)
+    machine.start(UNIT)
     client = EdgeClient(f"http://127.0.0.1:{port}", API_KEY)
     until(client.is_healthy)
     return client
@@ -144,7 +144,7 @@ def test_a_wrong_configuration_is_said_once(edge: EdgeClient, machine: Machine) 
     until(lambda: machine.show(UNIT, "ActiveState") == "failed")
     assert machine.journal(UNIT).count("drafter.threads = 0 is not allowed") == 1
     config.write_text(right)
-    machine.run("systemctl", "start", UNIT)
+    machine.start(UNIT)
     come_back(edge, machine)
 
 

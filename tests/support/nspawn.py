@@ -112,6 +112,12 @@ class Machine:
                 return int(process.pid)
         raise AssertionError(f"{unit} has no process {what}")
 
+    def start(self, unit: str) -> None:
+        """Raises AssertionError with the unit's journal if it does not start."""
+        said = self.run("systemctl", "start", unit, check=False)
+        if said:
+            raise AssertionError(f"{said}\n{self.journal(unit)}")
+
     def wait_active(self, unit: str, timeout_s: float = 120.0) -> None:
         """Until the unit is active, or AssertionError with its journal."""
         deadline_s = time.monotonic() + timeout_s
