@@ -29,6 +29,7 @@ from cloud_server.tls import server_credentials
 from picospec.errors import CloudUnavailable, ConfigError
 from picospec.service_manager import ServiceManager
 from picospec.v1 import speculation_pb2, speculation_pb2_grpc
+from picospec.waiting import first_of
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +101,13 @@ class CloudServer:
         self.calls.refuse("The server is shutting down")
         # Running generations get the grace period, unless nothing can serve them.
         if not self.engine_died.is_set():
-            await _first_of(
+            await first_of(
                 self.calls.drained(), hurry.wait(), self.engine_died.wait(),
                 timeout_s=self._config.server.grace_s,
             )  # fmt: skip
         # The rest is ended, and told that another replica may serve it.
         self.calls.end_all("shutdown", CloudUnavailable("The server is shutting down"))
-        await _first_of(self.calls.drained(), timeout_s=STATUS_TIMEOUT_S)
+        await first_of(self.calls.drained(), timeout_s=STATUS_TIMEOUT_S)
         await self._grpc.stop(grace=0.5)
         for task in (self._watch, self._beating):
             task.cancel()
@@ -167,7 +168,7 @@ async def serve(config: CloudConfig, engine: VerificationEngine) -> int:
             return EXIT_OK
         manager.ready(f"serving {server.model_id} on {config.server.host}:{server.port}")
         feeding = asyncio.create_task(manager.feed_watchdog(lambda: server.heartbeat.problem))
-        await _first_of(stop.wait(), server.engine_died.wait())
+        await first_of(stop.wait(), server.engine_died.wait())
         # Ctrl-C reaches the engine's process as well: its death after a signal is no failure.
         exit_code = EXIT_OK if stop.is_set() else EXIT_ENGINE
         logger.info("shutting down", extra={"sessions": len(server.calls)})
@@ -175,7 +176,7 @@ async def serve(config: CloudConfig, engine: VerificationEngine) -> int:
         await server.stop(hurry)
         return exit_code
     finally:
-        await _first_of(engine.shutdown(), timeout_s=ENGINE_SHUTDOWN_TIMEOUT_S)
+        await first_of(engine.shutdown(), timeout_s=ENGINE_SHUTDOWN_TIMEOUT_S)
         if feeding is not None:
             feeding.cancel()
         logger.info("stopped")
@@ -184,7 +185,7 @@ async def serve(config: CloudConfig, engine: VerificationEngine) -> int:
 async def _start_unless(server: CloudServer, stop: asyncio.Event) -> bool:
     """Start `server`; False if a signal came first."""
     starting = asyncio.create_task(server.start())
-    await _first_of(asyncio.shield(starting), stop.wait())
+    await first_of(asyncio.shield(starting), stop.wait())
     if starting.done():
         await starting
         return True
@@ -199,17 +200,6 @@ async def _start_unless(server: CloudServer, stop: asyncio.Event) -> bool:
 def _default_signals(loop: asyncio.AbstractEventLoop) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
-
-
-async def _first_of(*waits: object, timeout_s: float | None = None) -> None:
-    """Wait until one of `waits` is done or the time is over; the others are cancelled."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]  # type: ignore[call-overload]
-    try:
-        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @asynccontextmanager

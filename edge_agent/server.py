@@ -41,6 +41,7 @@ from picospec.performance.controller import DraftLengthController, DraftPlan
 from picospec.performance.costs import Scheme
 from picospec.protocol.messages import ModelCard, VerificationMode
 from picospec.service_manager import ServiceManager
+from picospec.waiting import first_of
 
 logger = logging.getLogger(__name__)
 
@@ -163,9 +164,8 @@ class EdgeServer:
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
         """Loading a model takes seconds in which a signal may come."""
-        task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
-        await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        task = asyncio.ensure_future(work)
+        await first_of(asyncio.shield(task), self._stopping.wait())
         if not task.done():
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -200,15 +200,14 @@ class EdgeServer:
         serving = asyncio.create_task(http.serve([self._socket]), name="http")
         logger.info("listening on http://%s:%d", server.host, self.port)
         self._manager.ready(f"listening on http://{server.host}:{self.port}")
-        stopping = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        await first_of(asyncio.shield(serving), self._stopping.wait())
         gate.closing = True
         http.should_exit = True
         self._manager.stopping(f"ending; {gate.active} answers may go on")
         if gate.active:
             logger.info("ending; %d answers may go on", gate.active)
-        await self._drained(gate)
+        grace_s = server.shutdown_grace_s
+        await first_of(gate.drained(), self._forced.wait(), timeout_s=grace_s)
         gate.abort_all()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_S):
@@ -216,15 +215,6 @@ class EdgeServer:
         http.force_exit = True
         await serving
         logger.info("ended")
-
-    async def _drained(self, gate: Admission) -> None:
-        """Until nothing runs, the grace is over or a second signal came."""
-        waits = [asyncio.create_task(wait) for wait in (gate.drained(), self._forced.wait())]
-        await asyncio.wait(
-            waits, timeout=self._config.server.shutdown_grace_s, return_when=asyncio.FIRST_COMPLETED
-        )
-        for wait in waits:
-            wait.cancel()
 
 
 class _HTTPServer(uvicorn.Server):
