@@ -104,10 +104,10 @@ async def laid_out(drafts: Sequence[str], logs: Path, *, eager: bool) -> AsyncIt
     settings = {**EQUAL_SETTINGS, "enforce_eager": eager}
     async with contextlib.AsyncExitStack() as stack:
         cloud_port, stock_port = free_ports(2)
-        cloud_daemon, stock_daemon = (
-            daemon(stack, "cloud_server", _cloud_flags(cloud_port, settings), logs),
-            daemon(stack, "bench.stock.server", _stock_arguments(stock_port, settings), logs),
-        )
+        cloud_daemon = daemon(stack, "cloud_server", _cloud_flags(cloud_port, settings), logs)
+        stock_arguments = [str(model_home() / "target"), str(stock_port)]
+        stock_arguments += [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+        stock_daemon = daemon(stack, "bench.stock.server", stock_arguments, logs)
         stack.enter_context(pinned(edge_core()))  # the cloud's processes have their core by now
         drafting = {draft: await stack.enter_async_context(drafter(draft)) for draft in drafts}
         stock_relay, cloud_relay = [await _relay(stack, port) for port in (stock_port, cloud_port)]
@@ -149,11 +149,6 @@ def _cloud_flags(port: int, settings: dict[str, Any]) -> list[str]:
 
 def _flag(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _stock_arguments(port: int, settings: dict[str, Any]) -> list[str]:
-    pairs = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
-    return [str(model_home() / "target"), str(port), *pairs]
 
 
 def daemon(

@@ -115,9 +115,5 @@ async def measure_delivery(link: CloudLink, num_drafts: int) -> Result:
             position += verdict.num_accepted + len(verdict.token_ids)
             stream.send(Draft(epoch, position, token_ids=(7,), end_of_round=True))
             epoch += 1
-    return _spread(queued_ms)
-
-
-def _spread(values: list[float]) -> Result:
-    cuts = statistics.quantiles(values, n=20)
-    return {"p5": cuts[0], "p50": statistics.median(values), "p95": cuts[-1], "n": len(values)}
+    cuts, median = statistics.quantiles(queued_ms, n=20), statistics.median(queued_ms)
+    return {"p5": cuts[0], "p50": median, "p95": cuts[-1], "n": len(queued_ms)}
