@@ -1,4 +1,8 @@
-"""Structured logs: one record per line, each with the id of the generation it belongs to."""
+"""Structured logs: one record per line, each with the id of the generation it belongs to.
+
+Not structlog: it would take fields of a library's own record factory for ours, and its renderer
+lets a caller's control characters forge a line. Without these two parts nothing would be left.
+"""
 
 import json
 import logging

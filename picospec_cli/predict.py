@@ -61,9 +61,9 @@ class Case:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--costs", type=Path, metavar="FILE", help="measured costs, as JSON")
-    parser.add_argument("--draft-ms", type=float, metavar="MS", help="a drafted token, instead")
+    parser.add_argument("--draft-ms", type=float, metavar="MS", help="milliseconds per drafted token, instead of --costs")
     parser.add_argument(
-        "--alpha", type=float, nargs="+", metavar="RATE", help="acceptance, instead"
+        "--alpha", type=float, nargs="+", metavar="RATE", help="acceptance rates, instead of those in --costs"
     )
     parser.add_argument(
         "--rtt", type=float, nargs="+", default=RTTS_MS, metavar="MS", help="round trips"
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-length-max", type=int, default=DRAFT_LENGTH_MAX, help="default %(default)s"
     )
-    parser.add_argument("--window", type=int, default=64, help="tokens; default %(default)s")
+    parser.add_argument("--window", type=int, default=64, help="most unverified tokens; default %(default)s")
     parser.add_argument("--bandwidth-mbps", type=float, help="each way; default unlimited")
     parser.add_argument(
         "--dense-width", type=int, metavar="LOGITS", help="rejections carry the whole distribution"
