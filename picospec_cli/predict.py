@@ -61,9 +61,11 @@ class Case:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--costs", type=Path, metavar="FILE", help="measured costs, as JSON")
-    parser.add_argument("--draft-ms", type=float, metavar="MS", help="milliseconds per drafted token, instead of --costs")
     parser.add_argument(
-        "--alpha", type=float, nargs="+", metavar="RATE", help="acceptance rates, instead of those in --costs"
+        "--draft-ms", type=float, metavar="MS", help="per drafted token; without --costs"
+    )
+    parser.add_argument(
+        "--alpha", type=float, nargs="+", metavar="RATE", help="acceptance rates; else of --costs"
     )
     parser.add_argument(
         "--rtt", type=float, nargs="+", default=RTTS_MS, metavar="MS", help="round trips"
@@ -74,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-length-max", type=int, default=DRAFT_LENGTH_MAX, help="default %(default)s"
     )
-    parser.add_argument("--window", type=int, default=64, help="most unverified tokens; default %(default)s")
+    parser.add_argument(
+        "--window", type=int, default=64, help="unverified tokens; default %(default)s"
+    )
     parser.add_argument("--bandwidth-mbps", type=float, help="each way; default unlimited")
     parser.add_argument(
         "--dense-width", type=int, metavar="LOGITS", help="rejections carry the whole distribution"
