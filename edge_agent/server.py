@@ -79,11 +79,6 @@ def drafter_state(drafting: DraftingProcess) -> DrafterState:
     return DrafterState(drafting.alive, drafting.restarts, drafting.open_contexts)
 
 
-def liveness(drafting: DraftingProcess) -> str:
-    """What keeps the watchdog from being fed; "" if nothing does."""
-    return "the drafter hangs and cannot be replaced" if drafting.hung else ""
-
-
 def check_card(card: ModelCard, tokenizer: Tokenizer, policy: SpeculationPolicy) -> None:
     """Raises ModelMismatch unless this edge can speculate for that cloud."""
     tokenizer.check_pair(card)
@@ -158,7 +153,7 @@ class EdgeServer:
                 link, drafting, watch.card, policy, metrics, control_of(config)
             )
             host = EdgeHost(self._tokenizer, generator, watch, drafting)
-            for work in (watch.run(), self._manager.feed_watchdog(lambda: liveness(drafting))):
+            for work in (watch.run(), self._manager.feed_watchdog(lambda: drafting.problem)):
                 stack.callback(asyncio.create_task(work).cancel)
             await self._serve(host, metrics)
 

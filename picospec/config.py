@@ -263,7 +263,8 @@ def _from_flags(keys: Mapping[str, _Key], argv: Sequence[str]) -> dict[str, Any]
         spelled, has_value, text = flag[2:].partition("=")
         section, _, name = spelled.partition(".")
         name, _, entry = name.partition(".")
-        key = _find(keys, f"{section}.{name}")
+        if (key := keys.get(f"{section}.{name}")) is None:
+            raise ConfigError(f"unknown setting {spelled}{_hint(spelled, keys)}")
         if entry and key.origin is not dict:
             raise ConfigError(f"unknown setting --{spelled}")
         if not has_value:
@@ -308,12 +309,6 @@ def _refusal(keys: Mapping[str, _Key], error: ValidationError, where: str) -> Co
         return ConfigError(f"unknown setting {location}{_hint(location, keys)}")
     shown = REDACTED if key.is_secret else repr(details["input"])
     return ConfigError(f"{key} = {shown} is not allowed: it must be {key.allowed} (in {where})")
-
-
-def _find(keys: Mapping[str, _Key], name: str) -> _Key:
-    if name not in keys:
-        raise ConfigError(f"unknown setting {name}{_hint(name, keys)}")
-    return keys[name]
 
 
 def _hint(name: str, known: Mapping[str, Any]) -> str:

@@ -86,9 +86,10 @@ class DraftingProcess:
         return self._worker.pid if self._worker is not None else None
 
     @property
-    def hung(self) -> bool:
-        """Whether the worker is long due to be killed for finishing no turn."""
-        return self._unanswered_pings > 2 * PINGS_PER_TIMEOUT
+    def problem(self) -> str:
+        """Why the watchdog is not to be fed: the worker is long due to be killed. Else ""."""
+        hangs = self._unanswered_pings > 2 * PINGS_PER_TIMEOUT
+        return "the drafter hangs and cannot be replaced" if hangs else ""
 
     @property
     def open_contexts(self) -> int:
