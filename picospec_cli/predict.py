@@ -60,35 +60,20 @@ class Case:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--costs", type=Path, metavar="FILE", help="measured costs, as JSON")
-    parser.add_argument(
-        "--draft-ms", type=float, metavar="MS", help="per drafted token; without --costs"
-    )
-    parser.add_argument(
-        "--alpha", type=float, nargs="+", metavar="RATE", help="acceptance rates; else of --costs"
-    )
-    parser.add_argument(
-        "--rtt", type=float, nargs="+", default=RTTS_MS, metavar="MS", help="round trips"
-    )
-    parser.add_argument(
-        "--mode", choices=[mode.value for mode in VerificationMode], default="split"
-    )
-    parser.add_argument(
-        "--draft-length-max", type=int, default=DRAFT_LENGTH_MAX, help="default %(default)s"
-    )
-    parser.add_argument(
-        "--window", type=int, default=64, help="unverified tokens; default %(default)s"
-    )
-    parser.add_argument("--bandwidth-mbps", type=float, help="each way; default unlimited")
-    parser.add_argument(
-        "--dense-width", type=int, metavar="LOGITS", help="rejections carry the whole distribution"
-    )
+    add = parser.add_argument
+    add("--costs", type=Path, metavar="FILE", help="measured costs, as JSON")
+    add("--draft-ms", type=float, metavar="MS", help="per drafted token; without --costs")
+    add("--alpha", type=float, nargs="+", metavar="RATE", help="acceptance rates; else of --costs")
+    add("--rtt", type=float, nargs="+", default=RTTS_MS, metavar="MS", help="round trips")
+    add("--mode", choices=[mode.value for mode in VerificationMode], default="split")
+    add("--draft-length-max", type=int, default=DRAFT_LENGTH_MAX, help="default %(default)s")
+    add("--window", type=int, default=64, help="unverified tokens; default %(default)s")
+    add("--bandwidth-mbps", type=float, help="each way; default unlimited")
+    add("--dense-width", type=int, metavar="LOGITS", help="rejections carry the whole distribution")
     for switch in ("parallel-draft", "fast-verify", "kept-rows"):
-        parser.add_argument(f"--no-{switch}", action="store_true", help="switch it off")
-    parser.add_argument(
-        "--simulate", type=int, metavar="TOKENS", help="by event simulation of so many tokens"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+        add(f"--no-{switch}", action="store_true", help="switch it off")
+    add("--simulate", type=int, metavar="TOKENS", help="by event simulation of so many tokens")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
