@@ -173,4 +173,5 @@ def newer(package: Path, folder: Path) -> Path:
 def test_purging_leaves_nothing(edge: EdgeClient, machine: Machine) -> None:
     machine.run("apt-get", "purge", "--yes", UNIT)
     assert [path for path in paths(machine.root) if "picospec" in path] == []
-    assert machine.run("systemctl", "list-unit-files", f"{UNIT}*", check=False).startswith("0")
+    listed = machine.run("systemctl", "list-unit-files", f"{UNIT}*", check=False)
+    assert "0 unit files listed" in listed
