@@ -193,8 +193,8 @@ def draft_lengths(result: Result) -> str:
                 for values in (paper.DRAFT_LENGTH, paper.DRAFT_LENGTH_ACCEPTED)
             ]
             rows.append([str(length), *ours, *theirs])
-    head = ["n", *(f"{draft}{what}" for draft in DRAFTS for what in ("", ", accepted a verdict"))]
-    return table([*head, "paper, tokens/s", "paper, accepted a round"], rows)
+    head = ["n", *(f"{draft}{what}" for draft in DRAFTS for what in ("", ", accepted per verdict"))]
+    return table([*head, "paper, tokens/s", "paper, accepted per round"], rows)
 
 
 def sweep(result: Result) -> list[tuple[GroupResult, ConditionResult]]:
@@ -293,8 +293,8 @@ def traffic(result: Result) -> str:
     if not rows:
         return ""
     theirs = [f"under {paper.ROUND_UP_BYTES_MAX}", f"under {paper.REJECTION_DOWN_BYTES_MAX}"]
-    head = ["", "a round up", "a rejection down", "payload a token up", "down"]
-    head += ["on the wire a token up", "down"]
+    head = ["", "a round up", "a rejection down", "payload per token up", "down"]
+    head += ["on the wire per token up", "down"]
     return table(head, [*rows, ["the paper", *theirs, *[""] * 4]])
 
 
