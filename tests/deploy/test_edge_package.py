@@ -35,7 +35,13 @@ def machine(site: Site) -> Machine:
 
 
 @pytest.fixture(scope="module")
-def edge(site: Site, outside_cloud: Cloud) -> EdgeClient:
+def before(machine: Machine) -> set[str]:
+    """What the machine has of PicoSpec before the package comes: a cloud server's unit, perhaps."""
+    return paths(machine.root)
+
+
+@pytest.fixture(scope="module")
+def edge(site: Site, outside_cloud: Cloud, before: set[str]) -> EdgeClient:
     """The package, installed, configured as docs/deployment.md says, and started."""
     machine, port = site.machine, free_port()
     install(machine, site.package)
@@ -64,11 +70,12 @@ def install(machine: Machine, package: Path) -> str:
         target.unlink()
 
 
-def paths(root: Path) -> list[str]:
-    """Everything below the folders where packages and services leave things."""
+def paths(root: Path) -> set[str]:
+    """All that is called picospec where packages and services leave things."""
     folders = ("etc", "lib", "opt", "usr", "var/lib", "var/cache", "root")
     found = (path for folder in folders for path in (root / folder).rglob("*"))
-    return [str(path.relative_to(root)) for path in found]
+    names = {path.relative_to(root).as_posix() for path in found}
+    return {name for name in names if "picospec" in name}
 
 
 def come_back(edge: EdgeClient, machine: Machine) -> None:
@@ -170,8 +177,9 @@ def newer(package: Path, folder: Path) -> Path:
     return made
 
 
-def test_purging_leaves_nothing(edge: EdgeClient, machine: Machine) -> None:
+def test_purging_leaves_nothing(edge: EdgeClient, machine: Machine, before: set[str]) -> None:
+    assert paths(machine.root) - before
     machine.run("apt-get", "purge", "--yes", UNIT)
-    assert [path for path in paths(machine.root) if "picospec" in path] == []
+    assert paths(machine.root) == before
     listed = machine.run("systemctl", "list-unit-files", f"{UNIT}*", check=False)
     assert "0 unit files listed" in listed
