@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,8 @@ from typing import Any, Protocol
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
 
 from picospec import PROTOCOL_VERSION
 from picospec.errors import CloudUnavailable, ConfigError, PicoSpecError
@@ -39,6 +41,8 @@ KEEPALIVE_TIMEOUT_S = 5.0
 RECONNECT_BACKOFF_MAX_S = 2.0
 # HTTP/2's usual 64 KiB hold a whole distribution back for two round trips.
 RECEIVE_WINDOW_BYTES = 1024 * 1024
+
+_STATUS_DETAILS = "grpc-status-details-bin"
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -191,7 +195,12 @@ class LinkStream:
             raise CloudUnavailable(f"The cloud at {self._address} takes no more frames") from None
         if code is grpc.StatusCode.OK:
             return None
-        raise error_of_status(code.name, await self._call.details() or "", self._address)
+        raise error_of_status(
+            code.name,
+            await self._call.details() or "",
+            self._address,
+            retry_after_s=_retry_after_s(await self._call.trailing_metadata()),
+        )
 
     async def aclose(self) -> None:
         self._call.cancel()
@@ -226,7 +235,27 @@ class LinkStream:
 
 def error_of(error: grpc.aio.AioRpcError, address: str) -> PicoSpecError:
     """The failure of a call as ours."""
-    return error_of_status(error.code().name, error.details() or "", address)
+    return error_of_status(
+        error.code().name,
+        error.details() or "",
+        address,
+        retry_after_s=_retry_after_s(error.trailing_metadata()),
+    )
+
+
+def _retry_after_s(metadata: Iterable[tuple[str, Any]] | None) -> float | None:
+    """The hint in a status's details (google.rpc.RetryInfo); None without a readable one."""
+    try:
+        for key, value in metadata or ():
+            if key != _STATUS_DETAILS:
+                continue
+            for detail in status_pb2.Status.FromString(value).details:
+                retry = error_details_pb2.RetryInfo()
+                if detail.Unpack(retry):
+                    return float(retry.retry_delay.ToNanoseconds() / 1e9)
+    except DecodeError:
+        pass  # the status itself is told all the same
+    return None
 
 
 def _channel(address: str, tls_ca: str | None) -> grpc.aio.Channel:

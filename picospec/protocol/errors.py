@@ -50,11 +50,26 @@ def status_of(error: PicoSpecError) -> str:
     return next(GRPC_STATUS[cls] for cls in type(error).__mro__ if cls in GRPC_STATUS)
 
 
-def error_of_status(status: str, details: str, address: str) -> PicoSpecError:
-    """The failure that a call to the cloud at `address` ended with."""
+RETRY_AFTER_DEFAULT_S, RETRY_AFTER_MAX_S = 1.0, 3600.0
+
+
+def error_of_status(
+    status: str, details: str, address: str, *, retry_after_s: float | None = None
+) -> PicoSpecError:
+    """The failure that a call to the cloud at `address` ended with.
+
+    `retry_after_s` is the cloud's hint, if it gave one.
+    """
     error_type = _OF_STATUS.get(status, CloudUnavailable)
+    if retry_after_s is None:
+        retry_after_s = RETRY_AFTER_DEFAULT_S
+    retry_after_s = min(max(retry_after_s, 0.0), RETRY_AFTER_MAX_S)
     if error_type is CloudUnavailable:
-        return CloudUnavailable(f"The cloud at {address} is not available: {details or status}")
+        return CloudUnavailable(
+            f"The cloud at {address} is not available: {details or status}", retry_after_s
+        )
+    if error_type is CapacityError:
+        return CapacityError(details or status, retry_after_s)
     if error_type is ConfigError:
         return ConfigError(f"The cloud at {address} refuses this edge: {details or status}")
     return error_type(details or status)

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cloud_server.status import abort, to_status
 from edge_agent.link import CloudLink
 from picospec.errors import (
     CapacityError,
@@ -42,6 +43,11 @@ OPEN = make_open(
     max_tokens=8,
 )
 Serve = Callable[[Any], Awaitable[None]]
+
+
+def retry_info(seconds: float) -> bytes:
+    """A status's details with that hint."""
+    return bytes(to_status(CapacityError("full", seconds)).SerializeToString())
 
 
 class TinyCloud(speculation_pb2_grpc.SpeculationServiceServicer):
@@ -154,6 +160,39 @@ async def test_statuses_become_our_errors(
     with pytest.raises(error_type, match="because") as caught:
         await stream.receive()
     assert type(caught.value) is error_type
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("refusal", [CapacityError("full", 7.5), CloudUnavailable("away", 7.5)])
+async def test_the_cloud_says_when_to_come_back(
+    link: CloudLink, cloud: TinyCloud, refusal: CapacityError | CloudUnavailable
+) -> None:
+    cloud.serve = lambda context: abort(context, refusal)
+    stream = link.open_stream("r-1")
+    stream.send(OPEN)
+    with pytest.raises((CapacityError, CloudUnavailable)) as caught:
+        await stream.receive()
+    assert type(caught.value) is type(refusal)
+    assert caught.value.retry_after_s == 7.5
+    await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    ("details", "retry_after_s"), [(b"\xff\xff\xff", 1.0), (retry_info(1e8), 3600.0)]
+)
+async def test_a_hint_that_makes_no_sense_is_bounded(
+    link: CloudLink, cloud: TinyCloud, details: bytes, retry_after_s: float
+) -> None:
+    async def refuse(context: Any) -> None:
+        metadata = (("grpc-status-details-bin", details),)
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", metadata)
+
+    cloud.serve = refuse
+    stream = link.open_stream("r-1")
+    stream.send(OPEN)
+    with pytest.raises(CapacityError) as caught:
+        await stream.receive()
+    assert caught.value.retry_after_s == retry_after_s
     await stream.aclose()
 
 
