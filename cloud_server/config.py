@@ -38,7 +38,15 @@ class ServerConfig(Settings):
     tls_key: str = ""
     """PEM file of the certificate's private key"""
     max_sessions: int = Field(64, ge=1)
-    """generations served at once"""
+    """generations served at once, those that wait for room included"""
+    output_share: float = Field(0.5, ge=0, le=1)
+    """share of max_tokens that a generation reserves in the KV cache, beside its prompt"""
+    output_reserve_max: int = Field(1024, ge=1)
+    """most output tokens that a generation reserves"""
+    queue_max: int = Field(64, ge=0)
+    """generations that wait for room in the KV cache; further ones are refused"""
+    queue_timeout_s: float = Field(30.0, gt=0)
+    """longest wait for room in the KV cache, in seconds"""
     session_idle_timeout_s: float = Field(60.0, gt=0)
     """silence after which a session is ended, in seconds"""
     outbound_frames_max: int = Field(256, ge=1)

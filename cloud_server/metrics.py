@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from cloud_server.config import MetricsConfig
 from cloud_server.engine.interface import EngineStats
+from cloud_server.kv_room import KVRoom, Refusal
 from picospec.protocol.messages import ModelCard, Opened, Verdict
 
 # Seconds. Milliseconds matter at the low end, a queue under load at the high end.
@@ -88,6 +89,18 @@ class CloudMetrics:
         self._evicted = counter(
             "sessions_evicted", "Held sessions whose KV cache was given to others."
         )
+        self._queued = self._own(
+            Gauge, "sessions_waiting", "Generations that wait for room in the KV cache."
+        )
+        self._kv_tokens = self._own(Gauge, "kv_tokens", "Tokens that the KV cache holds.")
+        self._kv_tokens_reserved = self._own(
+            Gauge, "kv_tokens_reserved", "Tokens of KV cache that generations have reserved."
+        )
+        self._no_room = counter(
+            "sessions_without_room", "Generations refused for want of room, by reason.", ["reason"]
+        )
+        for reason in Refusal:
+            self._no_room.labels(reason.value)
         self._outcomes = counter("sessions", "Sessions ended, by outcome.", ["outcome"])
         self._protocol_errors = counter(
             "protocol_errors", "Frames refused, by the field at fault.", ["field"]
@@ -170,6 +183,15 @@ class CloudMetrics:
     def session_refused(self, outcome: str) -> None:
         """It never started: no room, or the server is shutting down."""
         self._outcomes.labels(outcome).inc()
+
+    def no_room(self, reason: Refusal) -> None:
+        self._no_room.labels(reason.value).inc()
+
+    def room(self, room: KVRoom) -> None:
+        """Take over where admission stands."""
+        self._queued.set(room.num_waiting)
+        self._kv_tokens.set(room.num_tokens)
+        self._kv_tokens_reserved.set(room.reserved_tokens)
 
     def protocol_error(self, field: str) -> None:
         # Field names are ours, never the peer's, so their number is bounded.

@@ -59,11 +59,7 @@ class CloudServer:
         async with _progress(f"loading {config.engine.model}"):
             card = await self._engine.start()
         self.heartbeat = Heartbeat(self._engine, config.engine.step_timeout_s)
-        self.calls = AdmittedCalls(
-            config.server.max_sessions,
-            config.server.outbound_frames_max,
-            config.server.session_idle_timeout_s,
-        )
+        self.calls = AdmittedCalls(config.server, self._engine.kv_cache_size)
         self.model_id = card.model_id
         self.metrics = CloudMetrics(card)
         self.servicer = SpeculationServicer(self._engine, card, self.calls, self.metrics)
@@ -118,6 +114,7 @@ class CloudServer:
         """Feeds the gauges, and ends everything when the engine is dead, or hangs."""
         while self._engine.healthy and not self.heartbeat.problem:
             self.metrics.engine(self._engine.stats(), healthy=True)
+            self.metrics.room(self.calls.room)
             self.metrics.asyncio_tasks(len(asyncio.all_tasks()))
             await asyncio.sleep(self._config.server.health_interval_s)
         logger.error("%s", self.heartbeat.problem or "the engine died")

@@ -5,7 +5,8 @@ hands them to the engine; the writer takes the engine's events from the call's b
 sends them. Whatever ends the generation sets `Call.ended`; the handler waits for nothing else,
 then cancels both tasks and has the engine abort the session.
 
-The engine never sees a frame that `CloudSession` refused.
+The engine never sees a frame that `CloudSession` refused, nor an Open that waits for room in the
+KV cache; the frames behind it wait in gRPC's buffers meanwhile.
 """
 
 import asyncio
@@ -20,10 +21,10 @@ from google.protobuf.message import DecodeError
 from cloud_server.admission import AdmittedCalls
 from cloud_server.calls import Call
 from cloud_server.engine.interface import Prefilled, VerificationEngine
+from cloud_server.kv_room import NoRoom
 from cloud_server.metrics import CloudMetrics
 from cloud_server.status import Context, abort
 from picospec.errors import (
-    CapacityError,
     CloudUnavailable,
     PicoSpecError,
     RemoteOrderError,
@@ -69,10 +70,12 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
     ) -> None:
         try:
             call = self._calls.admit()
-        except (CapacityError, CloudUnavailable) as refusal:
-            self._metrics.session_refused(
-                "no_room" if isinstance(refusal, CapacityError) else "refused"
-            )
+        except NoRoom as refusal:
+            self._metrics.session_refused("no_room")
+            self._metrics.no_room(refusal.reason)
+            await abort(context, refusal)
+        except CloudUnavailable as refusal:
+            self._metrics.session_refused("refused")
             await abort(context, refusal)
         try:
             error = await self._serve(call, context)
@@ -139,6 +142,15 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
         call.request_id = request.session_id
         request_id.set(request.session_id)
         call.prefilling = True
+        try:
+            await self._calls.room.reserve(call.key, self._calls.room.needed(request))
+        except NoRoom as refusal:
+            self._metrics.no_room(refusal.reason)
+            call.end("no_room", refusal)
+            return
+        except CloudUnavailable as refusal:
+            call.end("refused", refusal)
+            return
         logger.info(
             "generation opened",
             extra={
@@ -147,6 +159,7 @@ class SpeculationServicer(speculation_pb2_grpc.SpeculationServiceServicer):
                 "prompt_tokens": len(request.prompt_token_ids),
                 "committed_tokens": len(request.output_token_ids),
                 "max_tokens": request.max_tokens,
+                "waited_s": round(monotonic() - call.started_s, 3),
             },
         )
         await self._engine.open(call.key, request, call.offer)

@@ -20,8 +20,8 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from cloud_server.config import EngineConfig
 from cloud_server.engine.envelope import Delivery, VerificationOutputs, wrap
-from cloud_server.engine.interface import EngineSink, EngineStats
-from cloud_server.engine.model import build_vllm_config, model_card
+from cloud_server.engine.interface import EngineSink, EngineStats, KVCacheSize
+from cloud_server.engine.model import build_vllm_config, kv_cache_size, model_card
 from picospec.errors import CloudUnavailable, ConfigError, PicoSpecError
 from picospec.protocol.messages import Draft, ModelCard, Open, Verdict
 
@@ -35,6 +35,7 @@ class VLLMEngine:
         self._config = config
         self._client: AsyncMPClient | None = None
         self._card: ModelCard | None = None
+        self.kv_cache_size = KVCacheSize(0)
         self._sinks: dict[str, EngineSink] = {}
         self._stats = EngineStats()
         self._pump: asyncio.Task[None] | None = None
@@ -64,9 +65,13 @@ class VLLMEngine:
         # No message has been read so far: the reader starts in the event loop, with this decoder.
         client.decoder = MsgpackDecoder(VerificationOutputs)
         self._client = client
-        # vLLM may have shortened the length to what the KV cache holds.
+        self.kv_cache_size = kv_cache_size(vllm_config)
+        # vLLM may have shortened the length to what the KV cache holds, but for one block.
         self._card = dataclasses.replace(
-            self._card, max_model_len=vllm_config.model_config.max_model_len
+            self._card,
+            max_model_len=min(
+                vllm_config.model_config.max_model_len, self.kv_cache_size.num_tokens
+            ),
         )
         self._pump = asyncio.create_task(self._read_outputs(), name="engine-outputs")
         return self._card

@@ -24,6 +24,22 @@ EngineSink = Callable[[EngineEvent], None]  # called on the event loop; must not
 
 
 @dataclass(frozen=True, slots=True)
+class KVCacheSize:
+    """How much the KV cache holds, and in what pieces."""
+
+    num_tokens: int
+    block_size: int = 1  # tokens
+
+    def whole_blocks(self, num_tokens: int) -> int:
+        """What `num_tokens` take up.
+
+        >>> KVCacheSize(num_tokens=320, block_size=32).whole_blocks(33)
+        64
+        """
+        return -(-num_tokens // self.block_size) * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of the engine, for metrics and health."""
 
@@ -45,6 +61,10 @@ class VerificationEngine(Protocol):
 
     async def start(self) -> ModelCard:
         """Load the model; returns what is served. Raises PicoSpecError if it cannot."""
+
+    @property
+    def kv_cache_size(self) -> KVCacheSize:
+        """Known once the engine has started."""
 
     async def open(self, session_key: str, request: Open, sink: EngineSink) -> None:
         """Admit a session; its events go to `sink`, in order, Prefilled first.

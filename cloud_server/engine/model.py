@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 
 from cloud_server.config import EngineConfig
 from cloud_server.engine.envelope import MIN_STEP_TOKENS
+from cloud_server.engine.interface import KVCacheSize
 from picospec import PROTOCOL_VERSION
 from picospec.errors import ConfigError
 from picospec.protocol.fingerprint import chat_template_fingerprint, tokenizer_fingerprint
@@ -123,6 +124,21 @@ def model_card(config: EngineConfig, vllm_config: VllmConfig) -> ModelCard:
         ),
         protocol_version=PROTOCOL_VERSION,
     )
+
+
+def kv_cache_size(vllm_config: VllmConfig) -> KVCacheSize:
+    """What sessions can use of the KV cache that vLLM has allocated for `vllm_config`.
+
+    vLLM tells how many requests of the model's length fit, which knows layers that need less
+    than others. One block it keeps to itself (vllm/v1/core/block_pool.py, null_block).
+    """
+    cache = vllm_config.cache_config
+    num_blocks = cache.num_gpu_blocks or 0
+    per_request = -(-vllm_config.model_config.max_model_len // cache.block_size)
+    num_requests = cache.kv_cache_max_concurrency or num_blocks / per_request
+    usable = max(0, num_blocks - 1) / max(1, num_blocks)
+    num_tokens = round(num_requests * usable * per_request * cache.block_size)
+    return KVCacheSize(num_tokens, cache.block_size)
 
 
 def _read_files(model: str, revision: str | None) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cloud_server.engine.interface import EngineSink, EngineStats, Prefilled
+from cloud_server.engine.interface import EngineSink, EngineStats, KVCacheSize, Prefilled
 from picospec.errors import CloudUnavailable, PicoSpecError
 from picospec.protocol.draft_queue import DraftQueue, Work
 from picospec.protocol.messages import (
@@ -58,11 +58,17 @@ class ScriptedEngine:
     """
 
     def __init__(
-        self, target: Target = toy_target, *, card: ModelCard = SCRIPTED_CARD, step_s: float = 0.0
+        self,
+        target: Target = toy_target,
+        *,
+        card: ModelCard = SCRIPTED_CARD,
+        step_s: float = 0.0,
+        kv_tokens: int = 1 << 20,
     ) -> None:
         self.target = target
         self.card = card
         self.step_s = step_s  # from a delivery to its verdict
+        self.kv_cache_size = KVCacheSize(kv_tokens)
         self.start_error: PicoSpecError | None = None
         self.open_error: PicoSpecError | None = None
         self.mute = False  # keep every event back

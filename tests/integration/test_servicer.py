@@ -20,6 +20,8 @@ from picospec.protocol.messages import (
     Draft,
     Finish,
     FinishReason,
+    Open,
+    Opened,
     VerificationMode,
 )
 from picospec.v1 import speculation_pb2 as pb
@@ -282,3 +284,110 @@ async def test_a_call_cancelled_before_its_open_is_no_protocol_error() -> None:
         sessions = "picospec_cloud_sessions_total"
         assert cloud.metric(sessions, outcome="cancelled") == len(streams)
         assert cloud.metric(sessions, outcome="protocol_error") == 0
+
+
+# --- room in the KV cache ----------------------------------------------------------------------
+
+
+def _crowded() -> ScriptedEngine:
+    return ScriptedEngine(kv_tokens=100)
+
+
+def _half() -> Open:
+    """Reserves 45 tokens and half of 10: half of the room there is."""
+    return make_open(prompt_token_ids=[3] * 45, max_tokens=10)
+
+
+async def test_without_room_a_call_waits_its_turn() -> None:
+    async with running_cloud(_crowded()) as cloud:
+        first, second, third, fourth = (cloud.stream() for _ in range(4))
+        for stream in (first, second):
+            await stream.start(_half())
+        for stream in (third, fourth):
+            await stream.send(_half())
+            await _until(lambda: cloud.server.calls.room.num_waiting > 0)
+        await _until(lambda: cloud.metric("picospec_cloud_sessions_waiting") == 2)
+        assert len(cloud.engine.opened) == 2, "the engine hears of nobody who waits"
+        assert cloud.metric("picospec_cloud_kv_tokens") == 100
+        assert cloud.metric("picospec_cloud_kv_tokens_reserved") == 100
+        await first.send(Finish())
+        await _until(lambda: len(cloud.engine.opened) == 3)
+        assert isinstance(await third.receive(), Opened)
+        assert cloud.server.calls.room.num_waiting == 1
+        second.call.cancel()
+        assert isinstance(await fourth.receive(), Opened)
+        for stream in (third, fourth):
+            await stream.send(Finish())
+        await cloud.until_idle()
+        assert cloud.server.calls.room.reserved_tokens == 0
+
+
+async def test_a_call_that_waits_too_long_is_refused_before_any_work() -> None:
+    async with running_cloud(_crowded(), queue_timeout_s=0.1) as cloud:
+        first, second, third = cloud.stream(), cloud.stream(), cloud.stream()
+        await first.start(_half())
+        await second.start(_half())
+        await third.send(_half())
+        refusal = await third.failure()
+        assert (refusal.code, refusal.retry_after_s) == ("RESOURCE_EXHAUSTED", 1.0)
+        assert len(cloud.engine.opened) == 2
+        assert cloud.metric("picospec_cloud_sessions_total", outcome="no_room") == 1
+        reasons = "picospec_cloud_sessions_without_room_total"
+        assert cloud.metric(reasons, reason="queue_timeout") == 1
+
+
+async def test_a_full_queue_refuses_at_once() -> None:
+    async with running_cloud(_crowded(), queue_max=1) as cloud:
+        streams = [cloud.stream() for _ in range(4)]
+        for stream in streams[:2]:
+            await stream.start(_half())
+        await streams[2].send(_half())
+        await _until(lambda: cloud.server.calls.room.num_waiting == 1)
+        await streams[3].send(_half())
+        refusal = await streams[3].failure()
+        assert refusal.code == "RESOURCE_EXHAUSTED"
+        reasons = "picospec_cloud_sessions_without_room_total"
+        assert cloud.metric(reasons, reason="queue_full") == 1
+
+
+async def test_an_edge_that_leaves_while_it_waits_leaves_nothing() -> None:
+    async with running_cloud(_crowded()) as cloud:
+        first, second, third = cloud.stream(), cloud.stream(), cloud.stream()
+        await first.start(_half())
+        await second.start(_half())
+        await third.send(_half())
+        await _until(lambda: cloud.server.calls.room.num_waiting == 1)
+        third.call.cancel()
+        await _until(lambda: len(cloud.server.calls) == 2)
+        assert cloud.server.calls.room.num_waiting == 0
+        assert len(cloud.engine.opened) == 2
+
+
+async def test_waiting_is_not_silence() -> None:
+    async with running_cloud(_crowded(), session_idle_timeout_s=0.2) as cloud:
+        first, second = cloud.stream(), cloud.stream()
+        await first.start(make_open(prompt_token_ids=[3] * 95, max_tokens=5))
+        await second.send(_half())
+        assert (await first.failure()).code == "DEADLINE_EXCEEDED"
+        assert isinstance(await second.receive(), Opened)
+
+
+async def test_what_the_cache_can_never_hold_is_the_callers_error() -> None:
+    async with running_cloud(_crowded()) as cloud:
+        stream = cloud.stream()
+        await stream.send(make_open(max_tokens=98))
+        refusal = await stream.failure()
+        assert (refusal.code, refusal.fields) == ("INVALID_ARGUMENT", ("open.max_tokens",))
+        assert cloud.engine.opened == []
+
+
+async def test_at_shutdown_a_call_that_waits_is_sent_to_another_replica() -> None:
+    async with running_cloud(_crowded()) as cloud:
+        first, second, third = cloud.stream(), cloud.stream(), cloud.stream()
+        await first.start(_half())
+        await second.start(_half())
+        await third.send(_half())
+        await _until(lambda: cloud.server.calls.room.num_waiting == 1)
+        cloud.server.calls.refuse("The server is shutting down")
+        assert (await third.failure()).code == "UNAVAILABLE"
+        assert len(cloud.server.calls) == 2, "those that run go on"
