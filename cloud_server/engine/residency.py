@@ -6,39 +6,42 @@ without eviction a new session would wait for ever behind held ones. An evicted 
 prefilled again (from the prefix cache, where that still has it) when its edge next sends work.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from cloud_server.engine.engine_session import EngineSession
+from cloud_server.engine.engine_session import EngineRequest, EngineSession
 
 
 class Residency:
     """Evicts held sessions, the least recently used first, and none without need."""
 
-    def __init__(self, *, block_size: int, max_draft_tokens: int, max_resident: int) -> None:
-        """`block_size` in tokens; `max_resident` is the number of requests in vLLM's batch."""
+    def __init__(self, *, block_size: int, max_resident: int, watermark_blocks: int = 0) -> None:
+        """`block_size` in tokens; `max_resident` is the number of requests in vLLM's batch.
+
+        vLLM admits nobody to the last `watermark_blocks`.
+        """
         self._block_size = block_size
         self._max_resident = max_resident
-        # One that a session has begun, and those that its drafts and the bonus token fill.
-        self._step_blocks = 1 + self._blocks(max_draft_tokens + 1)
+        self._watermark_blocks = watermark_blocks
 
     def evictions(
         self,
-        held: list[EngineSession],
+        held: Sequence[EngineSession],
         *,
-        num_resident: int,
-        waiting: EngineSession | None,
+        joining: Sequence[EngineRequest],
+        waiting: EngineRequest | None,
         num_free_blocks: Callable[[], int],
     ) -> Iterator[EngineSession]:
-        """Sessions to evict, so that the others and `waiting`, the first to be admitted, have room.
+        """Sessions to evict, so that the coming step has room.
 
-        The caller evicts each before it asks for the next: what that frees depends on what the
-        session shares with others.
+        `joining` are the resident requests that the step forwards, with their drafts. `waiting` is
+        the request that vLLM will try to admit; it admits none behind one that does not fit.
+        The caller evicts each session before it asks for the next: what that frees depends on what
+        the session shares with others.
         """
-        if not held:
-            return
-        needed = (num_resident - len(held)) * self._step_blocks
+        needed = sum(map(self._growth, joining))
         if waiting is not None:
-            needed += self._blocks(waiting.request.num_tokens) + self._step_blocks
+            needed += self._blocks(waiting.num_tokens) + self._watermark_blocks
+        num_resident = len(held) + len(joining)
         candidates = sorted(held, key=lambda session: session.last_step, reverse=True)
         while candidates and (
             num_free_blocks() < needed
@@ -46,6 +49,11 @@ class Residency:
         ):
             num_resident -= 1
             yield candidates.pop()
+
+    def _growth(self, request: EngineRequest) -> int:
+        """Most blocks that a step adds to `request`: what is not computed yet, and its drafts."""
+        num_tokens = request.num_tokens + len(request.spec_token_ids)
+        return self._blocks(num_tokens) - self._blocks(request.num_computed_tokens)
 
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

@@ -56,8 +56,8 @@ class VerificationScheduler(Scheduler):
         )
         self._residency = Residency(
             block_size=self.block_size,
-            max_draft_tokens=max_draft_tokens,
             max_resident=self.max_num_running_reqs,
+            watermark_blocks=self.kv_cache_manager.watermark_blocks,
         )
         # With more workers than this process holds, rows would have to travel.
         self._may_keep_rows = self.vllm_config.parallel_config.world_size == 1
@@ -175,10 +175,11 @@ class VerificationScheduler(Scheduler):
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """An evicted session stays out until its edge gives it something to do."""
+        return not self._stays_out(request) and super()._handle_blocked_waiting_request(request)
+
+    def _stays_out(self, request: Request) -> bool:
         session = self._sessions.get(request.request_id)
-        if session is not None and not session.has_step(engine_idle=self._step_idle):
-            return False
-        return super()._handle_blocked_waiting_request(request)
+        return session is not None and not session.has_step(engine_idle=self._step_idle)
 
     # -- schedule ----------------------------------------------------------------------------
 
@@ -242,15 +243,21 @@ class VerificationScheduler(Scheduler):
             self._tell(session, finish_reason=reason)
 
     def _make_room(self, held: list[EngineSession]) -> None:
-        waiting = (
-            session
-            for session in self._sessions.values()
-            if not session.resident and session.has_step(engine_idle=self._step_idle)
-        )
+        """Evict what the coming step needs, where there is somebody to evict."""
+        if not held:
+            return
+        idle = set(held)
+        joining = [
+            request
+            for request in self.running
+            if self._sessions.get(request.request_id) not in idle
+        ]
+        # In vLLM's own order: behind a request that does not fit, it admits nobody.
+        ready = (request for request in self.waiting if not self._stays_out(request))
         for session in self._residency.evictions(
             held,
-            num_resident=len(self.running),
-            waiting=next(waiting, None) if held else None,
+            joining=joining,
+            waiting=next(ready, None),
             num_free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks,
         ):
             victim = self.requests[session.request.request_id]

@@ -167,6 +167,23 @@ def test_methods_we_call(method: Callable[..., Any], arguments: tuple[str, ...])
             "residency.py evicts held sessions when the batch is full",
         ),
         (
+            Scheduler.schedule,
+            "request = request_queue.peek_request() request_id = request.request_id "
+            "ready_to_schedule = self._handle_blocked_waiting_request(request) "
+            "if not ready_to_schedule: skip_request(request_queue) continue",
+            "scheduler._make_room: vLLM tries waiting requests in order, those that stay out apart",
+        ),
+        (
+            Scheduler.schedule,
+            "if request.has_encoder_inputs: self.encoder_cache_manager.free(request) break",
+            "scheduler._make_room: behind a request that does not fit, nobody is admitted",
+        ),
+        (
+            KVCacheManager.allocate_slots,
+            "required_blocks = num_blocks_to_allocate + watermark_blocks",
+            "residency.py leaves the watermark free",
+        ),
+        (
             Scheduler._update_after_schedule,
             "request.is_prefill_chunk = request.num_computed_tokens < "
             "( request.num_tokens + request.num_output_placeholders )",
@@ -315,6 +332,7 @@ def test_scheduler_attributes() -> None:
         "num_spec_tokens",
         "requests",
         "running",
+        "waiting",
         "block_size",
         "max_model_len",
         "max_num_running_reqs",
@@ -323,6 +341,7 @@ def test_scheduler_attributes() -> None:
     ):
         assert f"self.{name}" in text, name
     assert "usage" in dir(KVCacheManager)
+    assert "self.watermark_blocks" in source(KVCacheManager.__init__)
     assert "self.block_pool" in source(KVCacheManager.__init__)
 
 
