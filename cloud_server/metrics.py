@@ -79,6 +79,9 @@ class CloudMetrics:
             "prefix_cache_queries", "Prefix cache queries, in queried tokens."
         )
         self._prefix_hits = counter("prefix_cache_hits", "Prefix cache hits, in cached tokens.")
+        self._forwarded_tokens = self._own(
+            Counter, "forwarded_tokens", "Tokens forwarded: prompts, drafts and padding."
+        )
         self._healthy = self._own(Gauge, "engine_healthy", "1 while the engine serves.")
         self._tasks = self._own(Gauge, "asyncio_tasks", "asyncio tasks of the gRPC process.")
 
@@ -211,6 +214,7 @@ class CloudMetrics:
         self._evicted.inc(max(0, stats.evicted_sessions - last.evicted_sessions))
         self._preemptions.inc(max(0, stats.preempted_sessions - last.preempted_sessions))
         self._stale_tokens.inc(max(0, stats.stale_tokens - last.stale_tokens))
+        self._forwarded_tokens.inc(max(0, stats.forwarded_tokens - last.forwarded_tokens))
 
     def _vllm(self, kind: Any, name: str, text: str) -> Any:
         metric = kind(f"vllm:{name}", text, list(self._vllm_labels), registry=self.registry)

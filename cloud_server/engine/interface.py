@@ -50,6 +50,7 @@ class EngineStats:
     evicted_sessions: int = 0  # held sessions whose KV was given to others, total
     preempted_sessions: int = 0  # total
     stale_tokens: int = 0  # drafts dropped because their epoch was over, total
+    forwarded_tokens: int = 0  # of prompts, drafts and padding, total
     steps: int = 0  # total, and what they took:
     step_s: float = 0.0  # from the start of scheduling to the verdicts
     forward_s: float = 0.0  # of that, the model with its logits

@@ -200,6 +200,7 @@ class VerificationScheduler(Scheduler):
         )
         self._make_room(held)
         output = super().schedule(*args, **kwargs)
+        self._totals["forwarded"] += output.total_num_scheduled_tokens
         scheduled = self._sessions_of(output.num_scheduled_tokens)
         for session in scheduled:
             session.scheduled(self.current_step)
@@ -354,6 +355,7 @@ class VerificationScheduler(Scheduler):
             evicted_sessions=self._totals["evicted"],
             preempted_sessions=self._totals["preempted"],
             stale_tokens=self._totals["stale"],
+            forwarded_tokens=self._totals["forwarded"],
             steps=self._totals["steps"],
             step_s=self._spent_s["step"],
             forward_s=self._spent_s["forward"],

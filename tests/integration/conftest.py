@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing vLLM takes long, and not every test needs it
 
 TINY_MAX_MODEL_LEN = 256
 TINY_KV_BLOCKS = 128  # of 32 tokens
-_TINY_KV_BYTES_PER_BLOCK = 32 * 2 * 2 * 64 * 4  # tokens, layers, K and V, hidden size, float32
+TINY_KV_BYTES_PER_BLOCK = 32 * 2 * 2 * 64 * 4  # tokens, layers, K and V, hidden size, float32
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ async def tiny_engine(tiny_model: Path) -> AsyncIterator[VLLMEngine]:
                 "max_model_len": TINY_MAX_MODEL_LEN,
                 "enforce_eager": True,
                 "max_num_seqs": 64,
-                "kv_cache_memory_bytes": TINY_KV_BLOCKS * _TINY_KV_BYTES_PER_BLOCK,
+                "kv_cache_memory_bytes": TINY_KV_BLOCKS * TINY_KV_BYTES_PER_BLOCK,
             },
         )
     )

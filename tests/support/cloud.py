@@ -47,9 +47,9 @@ class RawStream:
         )
         await self.call.write(message)
 
-    async def receive(self) -> CloudFrame | None:
+    async def receive(self, timeout_s: float = RECEIVE_TIMEOUT_S) -> CloudFrame | None:
         """The next frame; None at a clean end. Raises grpc.aio.AioRpcError, TimeoutError."""
-        async with asyncio.timeout(RECEIVE_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             message = await self.call.read()
         if message is grpc.aio.EOF:
             if await self.call.code() is not grpc.StatusCode.OK:
