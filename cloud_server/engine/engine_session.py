@@ -23,7 +23,7 @@ from cloud_server.engine.judging.verification import (
     VerificationParams,
     verify,
 )
-from cloud_server.engine.takeover import TAKEOVERS, Takeover
+from cloud_server.engine.takeover import TAKEOVERS, NeverTakeOver, Takeover
 from cloud_server.engine.verdicts import Tally
 from picospec.protocol.draft_queue import DraftQueue, Work
 from picospec.protocol.messages import EMPTY_TOKENS, Open, Verdict, VerificationMode
@@ -97,13 +97,22 @@ class EngineSession:
         """Whether the edge waits for something: the prompt's prefill, or a judgement."""
         return not self.opened or self.row_due or self.queue.has_work
 
+    @property
+    def has_work(self) -> bool:
+        """Whether the next step can bring the session forward, its takeover left out."""
+        return self.edge_waits or (self.resident and self.prefilling)
+
+    @property
+    def may_be_taken_over(self) -> bool:
+        return not isinstance(self.takeover, NeverTakeOver)
+
     def has_step(self, *, engine_idle: bool) -> bool:
         """Whether the next step can bring the session forward; `engine_idle` as in takeover.py."""
-        return (
-            self.edge_waits
-            or (self.resident and self.prefilling)
-            or self.takeover.is_due(engine_idle=engine_idle)
-        )
+        return self.has_work or self.takeover.is_due(engine_idle=engine_idle)
+
+    def is_held(self, step: int) -> bool:
+        """Whether it holds KV cache, and step number `step` leaves it out."""
+        return self.resident and self.request.next_decode_eligible_step > step
 
     def scheduled(self, step: int) -> None:
         """Step number `step` forwards tokens of it."""

@@ -6,7 +6,7 @@ without eviction a new session would wait for ever behind held ones. An evicted 
 prefilled again (from the prefix cache, where that still has it) when its edge next sends work.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from cloud_server.engine.engine_session import EngineRequest, EngineSession
 
@@ -25,13 +25,14 @@ class Residency:
 
     def evictions(
         self,
-        held: Sequence[EngineSession],
+        held: Iterable[EngineSession],
         *,
-        joining: Sequence[EngineRequest],
+        joining: Iterable[EngineRequest],
+        num_resident: int,
         waiting: EngineRequest | None,
         num_free_blocks: Callable[[], int],
     ) -> Iterator[EngineSession]:
-        """Sessions to evict, so that the coming step has room.
+        """Sessions to evict, so that the coming step has room. Looks at `held` only if it must.
 
         `joining` are the resident requests that the step forwards, with their drafts. `waiting` is
         the request that vLLM will try to admit; it admits none behind one that does not fit.
@@ -41,12 +42,14 @@ class Residency:
         needed = sum(map(self._growth, joining))
         if waiting is not None:
             needed += self._blocks(waiting.num_tokens) + self._watermark_blocks
-        num_resident = len(held) + len(joining)
-        candidates = sorted(held, key=lambda session: session.last_step, reverse=True)
-        while candidates and (
-            num_free_blocks() < needed
-            or (waiting is not None and num_resident >= self._max_resident)
+        candidates: list[EngineSession] | None = None
+        while num_free_blocks() < needed or (
+            waiting is not None and num_resident >= self._max_resident
         ):
+            if candidates is None:
+                candidates = sorted(held, key=lambda session: session.last_step, reverse=True)
+            if not candidates:
+                return
             num_resident -= 1
             yield candidates.pop()
 

@@ -30,6 +30,7 @@ from cloud_server.engine.envelope import (
 )
 from cloud_server.engine.interface import EngineEvent, EngineStats, Prefilled
 from cloud_server.engine.judging.verification import StepResult
+from cloud_server.engine.readiness import ReadySessions
 from cloud_server.engine.residency import Residency
 from cloud_server.engine.step_plan import StepPlan, StepPlanner, VerificationStep
 from picospec.errors import NumericalError
@@ -62,6 +63,7 @@ class VerificationScheduler(Scheduler):
         # With more workers than this process holds, rows would have to travel.
         self._may_keep_rows = self.vllm_config.parallel_config.world_size == 1
         self._sessions: dict[str, EngineSession] = {}
+        self._ready = ReadySessions()  # of them
         self._events: dict[str, list[EngineEvent]] = {}  # to send with the next outputs
         self._flushed = False  # the last step was empty, for the sake of the events
         self._step_started_s = 0.0
@@ -80,12 +82,14 @@ class VerificationScheduler(Scheduler):
             return
         super().add_request(request)
         if value is not None:
-            self._sessions[request.request_id] = EngineSession.of(
+            session = EngineSession.of(
                 request,
                 value,
                 logits_width=self.vllm_config.model_config.get_vocab_size(),
                 may_keep_rows=self._may_keep_rows,
             )
+            self._sessions[request.request_id] = session
+            self._ready.note(session)
 
     def _deliver(self, delivery: Delivery) -> None:
         session = self._sessions.get(delivery.session_key)
@@ -98,6 +102,7 @@ class VerificationScheduler(Scheduler):
             reason = self._append(session, recovered)
             if reason is not None:
                 self._tell(session, finish_reason=reason)
+        self._changed(session)
 
     def _append(self, session: EngineSession, token_id: int) -> FinishReason | None:
         """Append a token that no step sampled: recovered by the edge, or a draft that a row judged.
@@ -142,7 +147,9 @@ class VerificationScheduler(Scheduler):
         self._emit(session, error)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        self._sessions.pop(request.request_id, None)
+        session = self._sessions.pop(request.request_id, None)
+        if session is not None:
+            self._ready.drop(session)
         return super()._free_request(request, *args, **kwargs)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -153,13 +160,15 @@ class VerificationScheduler(Scheduler):
         session = self._sessions.get(request.request_id)
         if session is not None:
             session.evicted()
+            self._ready.note(session)
         super()._preempt_request(request, *args, **kwargs)
 
     # -- which sessions have something to do -------------------------------------------------
 
-    def _idle(self) -> bool:
-        """Whether no session has drafts to verify or a prompt to prefill."""
-        return not any(session.edge_waits for session in self._sessions.values())
+    def _changed(self, session: EngineSession) -> None:
+        """Note what happened to `session`, if that did not end it."""
+        if session.request.request_id in self._sessions:
+            self._ready.note(session)
 
     def has_unfinished_requests(self) -> bool:
         """Held sessions are left out: the engine sleeps while there are only those.
@@ -170,7 +179,7 @@ class VerificationScheduler(Scheduler):
         if self._events or not super().has_unfinished_requests():
             return bool(self._events)
         return len(self.requests) > len(self._sessions) or any(
-            session.has_step(engine_idle=True) for session in self._sessions.values()
+            True for _ in self._ready.with_step(engine_idle=True)
         )
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
@@ -179,26 +188,29 @@ class VerificationScheduler(Scheduler):
 
     def _stays_out(self, request: Request) -> bool:
         session = self._sessions.get(request.request_id)
-        return session is not None and not session.has_step(engine_idle=self._step_idle)
+        return session is not None and not self._ready.has_step(
+            session, engine_idle=self._step_idle
+        )
 
     # -- schedule ----------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._step_started_s = time.monotonic()
-        for session in list(self._sessions.values()):
+        for session in self._ready.working:
             if session.row is not None:
                 self._judge_by_row(session)
+                self._changed(session)
         if self._events and not self._flushed:
             return self._empty_step()
         self._flushed = False
-        self._step_idle = self._idle()
-        held = self._planner.compose(
-            self._sessions_of(request.request_id for request in self.running),
+        self._step_idle = self._ready.engine_idle
+        self._planner.compose(
+            self._ready.resident(),
             current_step=self.current_step,
             engine_idle=self._step_idle,
             admitting=bool(self.waiting),
         )
-        self._make_room(held)
+        self._make_room()
         output = super().schedule(*args, **kwargs)
         self._totals["forwarded"] += output.total_num_scheduled_tokens
         scheduled = self._sessions_of(output.num_scheduled_tokens)
@@ -243,21 +255,16 @@ class VerificationScheduler(Scheduler):
         if reason is not None:
             self._tell(session, finish_reason=reason)
 
-    def _make_room(self, held: list[EngineSession]) -> None:
+    def _make_room(self) -> None:
         """Evict what the coming step needs, where there is somebody to evict."""
-        if not held:
-            return
-        idle = set(held)
-        joining = [
-            request
-            for request in self.running
-            if self._sessions.get(request.request_id) not in idle
-        ]
+        eligible = self.current_step + 1
+        resident = [session.request for session in self._ready.resident()]
         # In vLLM's own order: behind a request that does not fit, it admits nobody.
         ready = (request for request in self.waiting if not self._stays_out(request))
         for session in self._residency.evictions(
-            held,
-            joining=joining,
+            (each for each in self._sessions.values() if each.is_held(eligible)),
+            joining=[each for each in resident if each.next_decode_eligible_step <= eligible],
+            num_resident=len(self.running),
             waiting=next(ready, None),
             num_free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks,
         ):
@@ -295,6 +302,7 @@ class VerificationScheduler(Scheduler):
             elif result is not None:
                 plan = step.plans[request_id]
                 self._conclude(session, plan, result, emitted.get(request_id), compute_us)
+            self._changed(session)
         if stepped:
             self._totals["steps"] += 1
             self._spent_s["step"] += time.monotonic() - self._step_started_s
@@ -344,8 +352,7 @@ class VerificationScheduler(Scheduler):
         self._emit(session, verdict)
 
     def _stats(self) -> EngineStats:
-        idle = self._idle()
-        busy = [each for each in self._sessions.values() if each.has_step(engine_idle=idle)]
+        busy = list(self._ready.with_step(engine_idle=self._ready.engine_idle))
         num_running = sum(session.resident for session in busy)
         return EngineStats(
             running_sessions=num_running,

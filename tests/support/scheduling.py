@@ -6,12 +6,17 @@ Blocks of KV cache are counted as in the engine; only the forward is missing.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -21,18 +26,62 @@ from vllm.v1.structured_output import StructuredOutputManager
 from cloud_server.config import EngineConfig
 from cloud_server.engine.envelope import Delivery, StepOutcome, VerificationOutputs, wrap
 from cloud_server.engine.interface import EngineEvent, EngineStats
-from cloud_server.engine.judging.verification import StepResult
+from cloud_server.engine.judging.verification import StepKind, StepResult
 from cloud_server.engine.model import build_vllm_config
 from cloud_server.engine.scheduler import VerificationScheduler
-from picospec.protocol.messages import Draft, FinishReason, Verdict
-from tests.support.builders import make_open
+from cloud_server.engine.step_plan import StepPlan
+from picospec.protocol.messages import AssistPolicy, Draft, Rejection, Verdict, VerificationMode
+from tests.support.builders import COUPLED, SPLIT, make_open, token_array
+from tests.support.tiny import VOCAB_SIZE
 
 BLOCK_SIZE = 32
-TOKEN_ID = 1  # what the model says, and what is drafted here
+TOKEN_ID = 1  # what the model says
+LOGITS = torch.zeros(1, VOCAB_SIZE)
+LOGITS[0, TOKEN_ID] = 99.0
+
+
+@dataclass(slots=True)
+class Edge:
+    """A session as its edge has it."""
+
+    mode: VerificationMode
+    position: int  # of the next token
+    max_tokens: int
+    committed: int = 0  # tokens of output
+    epoch: int = 0
+    rejected: bool = False  # split: the next frame begins with the recovered token
+    chain: list[int] = field(default_factory=list)  # drafts without a verdict
+    waits: bool = True  # for a verdict
+    finished: bool = False
+
+    def told(self, verdict: Verdict) -> None:
+        """Commit what `verdict` says. A chain that it contradicts is over."""
+        assert verdict.position == self.position
+        num_tokens = verdict.num_accepted + len(verdict.token_ids)
+        self.committed += num_tokens
+        self.position += num_tokens
+        committed = [*self.chain[: verdict.num_accepted], *verdict.token_ids]
+        known = self.chain[: len(committed)]
+        self.rejected = verdict.rejection is not None
+        if self.rejected or known != committed[: len(known)]:
+            self.chain.clear()
+            self.epoch += 1
+        else:
+            del self.chain[: len(committed)]
+        self.waits = bool(self.chain)
+        self.finished = verdict.finish_reason is not None
+
+
+class CheckedScheduler(VerificationScheduler):
+    """The scheduler, which looks after itself."""
+
+    def check(self) -> None:
+        """Raises AssertionError if a session is not where its state says."""
+        self._ready.check(self._sessions.values())
 
 
 class SteppedEngine:
-    """Coupled sessions of the real scheduler, stepped by hand."""
+    """Sessions of the real scheduler, stepped by hand."""
 
     def __init__(self, model: Path, *, num_blocks: int, max_model_len: int = 1024) -> None:
         """`num_blocks` of KV cache, of 32 tokens each, are there for sessions."""
@@ -46,7 +95,7 @@ class SteppedEngine:
         spec = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32
         )
-        self.scheduler = VerificationScheduler(
+        self.scheduler = CheckedScheduler(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(
                 num_blocks=num_blocks + 1,
@@ -59,88 +108,105 @@ class SteppedEngine:
         )
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
-        self.num_steps = 0
-        self.forwarded_tokens = 0
+        self.edges: dict[str, Edge] = {}
         self.stats = EngineStats()
-        self.committed: dict[str, int] = {}  # tokens of output, by session
-        self._positions: dict[str, int] = {}
+        self.checks = True  # whether the scheduler's state is checked after each event
         self._num_opened = 0
 
-    def open(self, key: str, *, prompt_tokens: int, max_tokens: int = 100) -> None:
+    # -- what edges do ---------------------------------------------------------------------------
+
+    def open(
+        self,
+        key: str,
+        *,
+        prompt_tokens: int,
+        max_tokens: int = 100,
+        mode: VerificationMode = COUPLED,
+        assist: AssistPolicy = AssistPolicy.NEVER,
+    ) -> None:
         """A session whose prompt shares no block with another's."""
         self._num_opened += 1
+        first = divmod(self._num_opened, VOCAB_SIZE - 2)
         request = make_open(
             session_id=key,
-            prompt_token_ids=[1 + self._num_opened] * prompt_tokens,
+            prompt_token_ids=[*first, *[TOKEN_ID] * prompt_tokens][:prompt_tokens],
             max_tokens=max_tokens,
+            mode=mode,
+            assist=assist,
         )
-        self.committed[key] = 0
-        self._positions[key] = prompt_tokens
-        self._add(
-            EngineCoreRequest(
-                request_id=key,
-                prompt_token_ids=request.prompt_token_ids.tolist(),
-                mm_features=None,
-                sampling_params=SamplingParams(
-                    temperature=0.0, max_tokens=max_tokens, extra_args=wrap(request)
-                ),
-                pooling_params=None,
-                arrival_time=time.time(),
-                lora_request=None,
-                cache_salt=None,
-                data_parallel_rank=None,
-            )
-        )
+        self.edges[key] = Edge(mode, prompt_tokens, max_tokens)
+        self._add(key, request.prompt_token_ids.tolist(), max_tokens, wrap(request))
 
     def ask(self, *keys: str) -> None:
-        """The edges of sessions `keys` each ask for the next token."""
-        deliveries = [
-            Delivery(key, Draft(0, self._positions[key], probe=1), time.monotonic()) for key in keys
-        ]
-        self._add(
-            EngineCoreRequest(
-                request_id="deliveries",
-                prompt_token_ids=[0],
-                mm_features=None,
-                sampling_params=SamplingParams(max_tokens=1, extra_args=wrap(deliveries)),
-                pooling_params=None,
-                arrival_time=0.0,
-                lora_request=None,
-                cache_salt=None,
-                data_parallel_rank=None,
-            )
+        """The edges of coupled sessions `keys`, all at once, each ask for the next token."""
+        self._deliver(
+            {key: Draft(self.edges[key].epoch, self.edges[key].position, probe=1) for key in keys}
         )
+
+    def draft(self, key: str, *token_ids: int) -> None:
+        """The edge of session `key` drafts, after a rejection with the recovered token first."""
+        edge = self.edges[key]
+        forced = (TOKEN_ID,) if edge.rejected else ()
+        draft = Draft(
+            edge.epoch,
+            edge.position,
+            token_ids=(*forced, *token_ids),
+            draft_probs=(0.5,) * len(token_ids) if edge.mode is SPLIT else (),
+            num_forced=len(forced),
+        )
+        edge.position += len(forced)
+        edge.committed += len(forced)
+        edge.rejected = False
+        edge.chain += token_ids
+        self._deliver({key: draft})
 
     def abort(self, key: str) -> None:
         self.scheduler.finish_requests(key, RequestStatus.FINISHED_ABORTED)
+        del self.edges[key]
+        self._check()
+
+    def _deliver(self, drafts: dict[str, Draft]) -> None:
+        for key, draft in drafts.items():
+            # A recovered token alone is not judged.
+            self.edges[key].waits = not draft.num_forced or len(draft.token_ids) > 1
+        now = time.monotonic()
+        deliveries = [Delivery(key, draft, now) for key, draft in drafts.items()]
+        self._add("deliveries", [0], 1, wrap(deliveries))
+
+    def _add(
+        self, key: str, prompt: list[int], max_tokens: int, extra_args: dict[str, Any]
+    ) -> None:
+        request = EngineCoreRequest(
+            request_id=key,
+            prompt_token_ids=prompt,
+            mm_features=None,
+            sampling_params=SamplingParams(
+                temperature=0.0, max_tokens=max_tokens, extra_args=extra_args
+            ),
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        self.scheduler.add_request(Request.from_engine_core_request(request, self._hasher))
+        self._check()
+
+    # -- what the engine does --------------------------------------------------------------------
 
     def step(self) -> int:
         """One step of the engine; returns how many tokens it forwarded."""
-        output = self.scheduler.schedule()
-        request_ids = list(output.num_scheduled_tokens)
-        plans = output.picospec.plans  # type: ignore[attr-defined]
-        runner_output = ModelRunnerOutput(
-            req_ids=request_ids,
-            req_id_to_index={key: index for index, key in enumerate(request_ids)},
-            sampled_token_ids=[
-                [TOKEN_ID] * (plans[key].num_drafts + 1) if key in plans else []
-                for key in request_ids
-            ],
-        )
-        runner_output.picospec = StepOutcome(  # type: ignore[attr-defined]
-            results={key: StepResult(plan.num_drafts, (TOKEN_ID,)) for key, plan in plans.items()}
-        )
-        for outputs in self.scheduler.update_from_output(output, runner_output).values():
+        scheduled = self.scheduler.schedule()
+        forwarded = self._forward(scheduled)
+        for outputs in self.scheduler.update_from_output(scheduled, forwarded).values():
             assert isinstance(outputs, VerificationOutputs)
             report = outputs.open_report()
             assert report is not None
             self.stats = report.stats
             for key, events in report.events.items():
-                self._told(key, events)
-        self.num_steps += 1
-        num_tokens = sum(output.num_scheduled_tokens.values())
-        self.forwarded_tokens += num_tokens
-        return num_tokens
+                self._tell(key, events)
+        self._check()
+        return sum(scheduled.num_scheduled_tokens.values())
 
     def run(self, *, steps_max: int = 50) -> None:
         """Step until nothing is left to do. Raises AssertionError if that takes too many steps."""
@@ -150,14 +216,48 @@ class SteppedEngine:
             self.step()
         raise AssertionError(f"{self.stats} after {steps_max} steps")
 
-    def _add(self, request: EngineCoreRequest) -> None:
-        self.scheduler.add_request(Request.from_engine_core_request(request, self._hasher))
+    def _forward(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
+        """What the worker would answer."""
+        keys = list(scheduled.num_scheduled_tokens)
+        plans: dict[str, StepPlan] = scheduled.picospec.plans  # type: ignore[attr-defined]
+        outcome = StepOutcome()
+        sampled: list[list[int]] = []
+        for key in keys:
+            plan = plans.get(key)
+            if plan is None:
+                sampled.append([])
+                continue
+            drafts = scheduled.scheduled_spec_decode_tokens.get(key, [])[: plan.num_drafts]
+            result = judge(drafts, plan, mode=self.edges[key].mode)
+            outcome.results[key] = result
+            sampled.append([*drafts[: result.num_accepted], *result.token_ids])
+            if plan.keep_row and result.rejection is None and not result.token_ids:
+                outcome.rows[key] = LOGITS.clone()
+        output = ModelRunnerOutput(
+            req_ids=keys,
+            req_id_to_index={key: index for index, key in enumerate(keys)},
+            sampled_token_ids=sampled,
+        )
+        output.picospec = outcome  # type: ignore[attr-defined]
+        return output
 
-    def _told(self, key: str, events: list[EngineEvent]) -> None:
+    def _tell(self, key: str, events: Sequence[EngineEvent]) -> None:
         for event in events:
             assert not isinstance(event, Exception), event
             if isinstance(event, Verdict):
-                num_tokens = event.num_accepted + len(event.token_ids)
-                self.committed[key] += num_tokens
-                self._positions[key] += num_tokens
-                assert event.finish_reason in (None, FinishReason.LENGTH)
+                self.edges[key].told(event)
+
+    def _check(self) -> None:
+        if self.checks:
+            self.scheduler.check()
+
+
+def judge(drafts: Sequence[int], plan: StepPlan, *, mode: VerificationMode) -> StepResult:
+    """What verification decides where the target always says TOKEN_ID."""
+    num_accepted = next((n for n, token in enumerate(drafts) if token != TOKEN_ID), len(drafts))
+    if mode is COUPLED or plan.kind is StepKind.FIRST:
+        return StepResult(num_accepted, (TOKEN_ID,))
+    if num_accepted < len(drafts):
+        rejection = Rejection(token_array(TOKEN_ID), np.ones(1, np.float32))
+        return StepResult(num_accepted, rejection=rejection)
+    return StepResult(num_accepted)

@@ -32,7 +32,11 @@ def evicted(
 ) -> list[str]:
     names = []
     for session in residency.evictions(
-        held, joining=joining, waiting=waiting, num_free_blocks=lambda: pool.free
+        held,
+        joining=joining,
+        num_resident=len(held) + len(joining),
+        waiting=waiting,
+        num_free_blocks=lambda: pool.free,
     ):
         names.append(session.request.request_id)
         pool.free += pool.blocks_per_session
