@@ -11,7 +11,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,12 @@ from bench.scenarios import Condition
 from bench.stock.client import StockClient
 from bench.stock.server import EQUAL_SETTINGS
 from bench.wan.process import NO_BYTES, Counts, WanProcess
+from edge_agent.control import Control
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.link import CloudLink
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import CloudUnavailable
-from picospec.performance.controller import DraftLengthController
 from picospec.performance.costs import VerifyCost
 from picospec.protocol.messages import ModelCard
 from picospec_cli.model_folder import model_home
@@ -56,7 +56,7 @@ class Bed:
     drafting: dict[str, DraftingProcess]
     tokenizer: Tokenizer
     settings: dict[str, Any]  # what the results say about both engines
-    controls: dict[Condition, Callable[[], DraftLengthController]] = field(default_factory=dict)
+    controls: dict[Condition, Control] = field(default_factory=dict)
     round_trip_ms: float = 0.0  # measured when the link was set
     verify_ms: VerifyCost | None = None  # once it is measured
     _fence: Counts = NO_BYTES  # what one `drained` itself puts on the line

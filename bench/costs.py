@@ -23,8 +23,11 @@ from bench.scenarios import Condition, System
 from bench.systems import Task, generate
 from edge_agent.drafting.messages import DraftEvent
 from edge_agent.drafting.process import DraftingProcess
-from picospec.protocol.drafting import Allow, Drafted, Recover, Recovered, Rollback
+from edge_agent.drafting.worker import PROPOSAL_TOKENS_MAX
+from picospec.protocol.drafting import Allow, Drafted, Rollback
 from picospec.protocol.messages import AssistPolicy, Draft, Rejection, TokenArray, VerificationMode
+from picospec.sampling.distribution import Distribution
+from picospec.sampling.rejection import RejectionSampler
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 SAFE_PROB = 1e-12  # claimed for a draft in split mode; the target's is above it: accepted
@@ -59,10 +62,11 @@ async def measure(bed: Bed, prompt_token_ids: TokenArray, cycles: int) -> Costs:
         mode: {count: statistics.median(times) for count, times in sorted(by_count.items())}
         for mode, by_count in verify_ms.items()
     }
-    for draft, drafting in bed.drafting.items():
-        for kind, size in RECOVERIES.items():
-            times_ms = await _recover(drafting, prompt_token_ids, bed.card.logits_width, size)
-            costs.recover_ms.setdefault(draft, {})[kind] = statistics.median(times_ms)
+    for draft in bed.drafting:
+        costs.recover_ms[draft] = {
+            kind: statistics.median(_recover(size or bed.card.logits_width))
+            for kind, size in RECOVERIES.items()
+        }
         alone = Condition(System.EDGE_ONLY, draft, 0.0)
         task = Task("costs", prompt_token_ids, DRAFT_TOKENS, seed=1)
         costs.draft_ms[draft] = 1e3 / await _timed(bed, alone, task)
@@ -89,31 +93,20 @@ async def slowness(bed: Bed, prompt: TokenArray, costs: Costs, cycles: int) -> d
     return found
 
 
-async def _recover(
-    drafting: DraftingProcess, prompt: TokenArray, logits_width: int, size: int
-) -> list[float]:
-    """Milliseconds from a rejection of `size` pairs (0: of the whole law) to the recovered token,
-    of a drafter that waits for it."""
+def _recover(size: int) -> list[float]:
+    """Milliseconds from a rejection of `size` pairs to the recovered token."""
     rng = np.random.default_rng(1)
-    width = size or logits_width
-    length = len(prompt)
-    events: asyncio.Queue[DraftEvent] = asyncio.Queue()
-    spec = openings.context(
-        prompt, RECOVERED + 1, mode=SPLIT, temperature=SAMPLED, logits_width=logits_width
+    ids = np.arange(size, dtype=np.int32)
+    law = Distribution(
+        ids[:PROPOSAL_TOKENS_MAX],
+        rng.dirichlet(np.ones(min(size, PROPOSAL_TOKENS_MAX))).astype(np.float32),
     )
     times_ms = []
-    with closing(drafting.open(spec, events.put_nowait)) as context:
-        for number in range(RECOVERED):
-            context.send(Allow(length + number + 1))
-            while not isinstance(await events.get(), Drafted):
-                pass
-            probs = rng.dirichlet(np.ones(width)).astype(np.float32)
-            rejection = Rejection(np.arange(width, dtype=np.int32), probs)
-            started_s = time.perf_counter()
-            context.send(Recover(number + 1, length + number, rejection, attempt=0, judged=True))
-            while not isinstance(await events.get(), Recovered):
-                pass
-            times_ms.append((time.perf_counter() - started_s) * 1e3)
+    for position in range(RECOVERED):
+        rejection = Rejection(ids, rng.dirichlet(np.ones(size)).astype(np.float32))
+        started_s = time.perf_counter()
+        RejectionSampler(1, position, law).offer(rejection, attempt=0)
+        times_ms.append((time.perf_counter() - started_s) * 1e3)
     return times_ms
 
 

@@ -18,7 +18,7 @@ from bench import openings
 from bench.bed import Bed, laid_out
 from bench.machine import description
 from bench.prompts import own_prompts
-from bench.scenarios import ADAPTIVE, DRAFTS, Condition, Overrides, System
+from bench.scenarios import DRAFTS, Condition, System
 from bench.systems import configured, prompt_tokens
 from edge_agent.observer import NullObserver
 from edge_agent.pipeline import SpeculativeGenerator
@@ -53,9 +53,9 @@ class Timeline(NullObserver):
         return counts
 
 
-async def follow(bed: Bed, draft: str, overrides: Overrides) -> Result:
+async def follow(bed: Bed, draft: str, system: System) -> Result:
     await bed.set_link(RTTS_MS[0], None)
-    config = configured(Condition(System.PICOSPEC, draft, RTTS_MS[0], overrides=overrides))
+    config = configured(Condition(system, draft, RTTS_MS[0]))
     line = Timeline()
     generator = SpeculativeGenerator(
         bed.link, bed.drafting[draft], lambda: bed.card, policy_of(config), line, control_of(config)
@@ -86,8 +86,8 @@ async def _run() -> Result:
     with tempfile.TemporaryDirectory(prefix="picospec-follow-") as logs:
         async with laid_out(DRAFTS, Path(logs), eager=False) as bed:
             for draft in DRAFTS:
-                for name, overrides in (("adaptive", ADAPTIVE), ("fixed", ())):
-                    result[f"{draft}, {name}"] = await follow(bed, draft, overrides)
+                for system in (System.AUTO, System.PICOSPEC):
+                    result[f"{draft}, {system.value}"] = await follow(bed, draft, system)
     return result
 
 

@@ -98,9 +98,9 @@ def configured(condition: Condition) -> edge_config.EdgeConfig:
 
 def scheme_of(condition: Condition) -> Scheme:
     """What the performance model is told of a condition's speculation."""
-    speculation = configured(condition).speculation
-    shared = {"draft_length", "window", "parallel_draft", "fast_verify", "mode"}
-    return Scheme(**speculation.model_dump(include=shared), kept_rows=speculation.fast_verify)
+    policy = policy_of(configured(condition))
+    shared = ("draft_length", "window", "parallel_draft", "fast_verify", "mode")
+    return Scheme(**{name: getattr(policy, name) for name in shared}, kept_rows=policy.fast_verify)
 
 
 def network_of(condition: Condition, rtt_ms: float) -> Network:
@@ -159,7 +159,7 @@ async def _engine_plain(bed: Bed, condition: Condition, task: Task) -> Record:
 async def _edge_only(bed: Bed, condition: Condition, task: Task) -> Record:
     assert condition.draft is not None
     drafting = bed.drafting[condition.draft]
-    before = drafting.drafted_tokens, drafting.drafting_s
+    before = drafting.timed_tokens, drafting.drafting_s
     events: asyncio.Queue[DraftEvent] = asyncio.Queue()
     watch = Stopwatch()
     spec = openings.context(
@@ -200,7 +200,7 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
     try:
         async for chunk in generation:
             if before is None and watch.token_ids:
-                before = drafting.drafted_tokens, drafting.drafting_s
+                before = drafting.timed_tokens, drafting.drafting_s
             watch.add(chunk.token_ids)
     finally:
         await generation.aclose()
@@ -231,9 +231,9 @@ def _slowness(bed: Bed, *, keeps_rows: bool) -> float:
 
 
 def _draft_ms(bed: Bed, draft: str, before: tuple[int, float]) -> float:
-    """The drafter's time for each token since `before`: drafted_tokens, drafting_s."""
+    """The drafter's time for each token since `before`: timed_tokens, drafting_s."""
     drafting = bed.drafting[draft]
-    num_tokens = drafting.drafted_tokens - before[0]
+    num_tokens = drafting.timed_tokens - before[0]
     return (drafting.drafting_s - before[1]) / num_tokens * 1e3 if num_tokens else 0.0
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from picospec.config import LogConfig, Settings, read_arguments, secret
 from picospec.errors import ConfigError
-from picospec.protocol.messages import AssistPolicy, VerificationMode
+from picospec.protocol.messages import AssistPolicy
 
 ENV_PREFIX = "PICOSPEC_EDGE_"
 PROGRAM = "picospec-edge"
@@ -78,14 +78,14 @@ class DrafterConfig(Settings):
 class SpeculationConfig(Settings):
     """How drafts are made and judged (docs/protocol.md)."""
 
-    mode: VerificationMode = VerificationMode.SPLIT
-    """how the cloud judges drafts"""
+    mode: Literal["auto", "split", "coupled"] = "auto"
+    """how the cloud judges drafts; auto: chosen per generation, and lengths while it runs"""
+    estimates_file: str = ""
+    """auto: where what was measured is kept over a restart; empty: nowhere"""
     draft_length: int = Field(4, ge=1, le=64)
-    """drafts per round"""
+    """split, coupled: drafts per round"""
     window: int = Field(32, ge=1, le=1024)
-    """most unverified tokens in flight"""
-    control: Literal["fixed", "adaptive"] = "fixed"
-    """adaptive: draft_length and window follow what is measured, from these values"""
+    """split, coupled: most unverified tokens in flight"""
     parallel_draft: bool = True
     """continue to draft while verdicts are under way"""
     fast_verify: bool = True
@@ -100,8 +100,8 @@ class SpeculationConfig(Settings):
     """split: keep the target's law for any sparse_k"""
     sparse_k: int = Field(64, ge=1, le=65536)
     """split: most (id, probability) pairs per rejection"""
-    assist: AssistPolicy = AssistPolicy.NEVER
-    """coupled: whether the cloud decodes while it has no drafts"""
+    assist: AssistPolicy = AssistPolicy.AUTO
+    """when the cloud decodes without drafts; auto: unless waiting for them is faster"""
 
 
 class EdgeConfig(Settings):
@@ -145,11 +145,8 @@ def check_combination(config: EdgeConfig) -> None:
             f"speculation.window = {speculation.window} is not allowed: it must be at least "
             f"speculation.draft_length ({speculation.draft_length})"
         )
-    if (
-        speculation.assist is not AssistPolicy.NEVER
-        and speculation.mode is not VerificationMode.COUPLED
-    ):
+    if speculation.mode == "auto" and speculation.assist is not AssistPolicy.AUTO:
         raise ConfigError(
-            f"speculation.assist = {speculation.assist.value!r} is not allowed: it must be "
-            "'never' unless speculation.mode is 'coupled'"
+            f"speculation.assist = {speculation.assist.value!r} is not allowed: it must be 'auto' "
+            "while speculation.mode is 'auto'"
         )

@@ -1,163 +1,284 @@
-"""How many tokens to draft: draft length and window, fixed or steered by what is measured.
+"""How generations speculate: in which mode, how far ahead, and whether the drafter drafts at all.
 
-A controller belongs to one generation and is told what its edge sees: the drafter's speed, the
-verdicts, the round trips. `plan` says what to do next. Time is passed in; nothing here waits or
-reads a clock, and the same history gives the same plans.
+A `Control` is the edge's; it gives each generation a `Course` to follow. `FixedControl` goes by the
+settings. `AutoControl` goes by what all generations of the edge have measured (estimates.py):
+
+1. Drafting has to be worth it. In each setting the speeds with and without drafts are measured and
+   compared, and the drafter drafts only where that is faster. The other way is looked at again now
+   and then, the more rarely the longer it has been slower.
+2. A generation's mode is fixed when it opens: coupled where its text must be a function of its
+   seed, or is greedy (the two modes then differ in what a miss costs only), else whichever mode was
+   faster.
+3. The drafter goes as far ahead as verdicts are behind, and no further than a draft has any hope or
+   the cloud says that it can use.
+
+Time is passed in, in seconds; nothing here waits or reads a clock.
 """
 
-import dataclasses
 import math
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from edge_agent.estimates import LiveEstimates
-from picospec.performance.controller import DraftPlan
-from picospec.performance.costs import Costs, Network, Scheme
-from picospec.performance.prediction import predicted_goodput
+from edge_agent.estimates import Arm, Estimates, Rate, Setting
+from picospec.protocol.edge_machine import SpeculationPolicy
+from picospec.protocol.messages import SamplingParams, Verdict, VerificationMode
+from picospec.sampling.distribution import GREEDY_TEMPERATURE
 
-DRAFT_LENGTH_MAX = 8
+DRAFT_LENGTH_MAX = 16  # the cloud's budget says how many a step takes
 WINDOW_MAX = 64
-GAIN_MIN = 0.03  # predicted; less is not worth a change
-CHANGE_INTERVAL_S = 0.5  # between two looks, so no more than a change each
-SLACK = 1.5  # of the tokens in flight over what steady times need: times are not steady
-WIDE = 2.0  # over what is needed: a window so wide costs drafts in vain ...
-SHRINK_INTERVAL_S = 5.0  # ... and nothing else, so this long after the last change is soon enough
-PROBE_INTERVAL_S = 3.0  # between steps of another length, where all are alike
-HOPE_MIN = 0.02  # drafts less likely to be reached need no room in the window
+WINDOW_MIN = 2
+SLACK = 1.5  # of the window over what steady times need: times are not steady
+HOPE_MIN = 0.05  # drafts less likely to be reached are not made
+
+GAIN_MIN = 0.02  # drafting must bring this much more
+ENOUGH_S = {True: 0.8, False: 0.4}  # of generation time to know an arm by; drafting is the noisier
+ENOUGH_TOKENS = 12
+LOOK_TIMEOUT_S = 4.0  # for an arm that makes no tokens to judge it by
+LOOK_INTERVAL_S = 8.0  # to the other arm; doubles while nothing changes
+LOOK_INTERVAL_MAX_S = 128.0
+OTHER_MODE_EVERY = 12  # generations, while the other mode is not far behind
+FAR_BEHIND = 0.85
 
 
-class FixedLength:
-    """The do-nothing variant."""
+@dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """What the edge does next, in tokens."""
 
-    def __init__(self, plan: DraftPlan) -> None:
-        self._plan = plan
+    draft_length: int  # a round, or most drafts that an engine step takes
+    window: int  # most unverified tokens; 0: the drafter stops
 
-    def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
 
-    drafted = judged = round_trip = _ignore
+class Course(Protocol):
+    """Of one generation. Nothing here raises or blocks."""
+
+    mode: VerificationMode
 
     def plan(self, now: float) -> DraftPlan:
-        return self._plan
+        """To be asked when the generation begins, and after each verdict."""
 
-
-class AdaptiveLength:
-    """Follows the best predicted goodput of `scheme`.
-
-    It looks at all draft lengths twice a second (some milliseconds of computing at most) and
-    changes only for a gain worth it, so that noise in the estimates does not make it oscillate.
-    """
-
-    def __init__(
-        self,
-        initial: DraftPlan,
-        scheme: Scheme,
-        estimates: LiveEstimates | None = None,
-        *,
-        draft_length_max: int = DRAFT_LENGTH_MAX,
-        window_max: int = WINDOW_MAX,
+    def heard(
+        self, verdict: Verdict, num_tokens: int, round_trip_s: float | None, now: float
     ) -> None:
-        """`scheme` gives all but length and window. `estimates` is the edge's, shared by its
-        generations, so that a new chat starts with what the others know."""
-        self._plan = DraftPlan(
-            min(initial.draft_length, draft_length_max), min(initial.window, window_max)
-        )
-        self._scheme = scheme
-        self._estimates = estimates if estimates is not None else LiveEstimates()
-        self._draft_length_max = draft_length_max
-        self._window_max = window_max
-        self._place = 0  # in the chain, of the next draft to be judged
-        self._looked_s = self._changed_s = self._probed_s = -math.inf
-        self._is_probing = False
+        """A verdict, the tokens committed by it and since the one before, and what it took on the
+        network both ways, if it judged a draft."""
+
+    def end(self) -> None:
+        """The generation is over."""
+
+
+class Control(Protocol):
+    def begin(self, sampling: SamplingParams, *, seeded: bool, now: float) -> Course:
+        """The course of a new generation; `seeded`: its text must be a function of its seed."""
 
     def drafted(self, num_tokens: int, seconds: float) -> None:
-        self._estimates.drafted(num_tokens, seconds)
+        """The drafter has computed `seconds` for `num_tokens`, prefills left out."""
 
-    def judged(
-        self,
-        num_judged: int,
-        num_accepted: int,
-        num_forwards: int,
-        queue_s: float,
-        compute_s: float,
-    ) -> None:
-        if num_judged <= 0:
-            return
-        scheme, estimates = self._scheme, self._estimates
-        # A row is left by what was accepted whole, or by a recovered token forwarded ahead.
-        by_row = scheme.split and scheme.kept_rows and (self._place > 0 or num_forwards > 1)
-        estimates.judged(self._place, num_judged, num_accepted)
-        if compute_s > 0.0:  # otherwise the row alone has judged
-            estimates.stepped(num_judged - by_row, compute_s)
-        # Early in a chain the window has room, so the drafter was not held up.
-        if scheme.fast_verify and not self._place and num_judged < self._plan.draft_length:
-            estimates.queued(queue_s)
-        self._place = self._place + num_accepted if num_accepted == num_judged else 0
 
-    def round_trip(self, seconds: float) -> None:
-        self._estimates.round_trip(seconds)
+class FixedControl:
+    """Goes by the settings; each generation has the same course."""
+
+    def __init__(self, policy: SpeculationPolicy) -> None:
+        self.mode = policy.mode
+        self._plan = DraftPlan(policy.draft_length, policy.window)
+
+    def begin(self, sampling: SamplingParams, *, seeded: bool, now: float) -> Course:
+        del sampling, seeded, now
+        return self
+
+    def drafted(self, num_tokens: int, seconds: float) -> None: ...
 
     def plan(self, now: float) -> DraftPlan:
-        self._estimates.age(now)
-        if self._estimates.known and now - self._looked_s >= CHANGE_INTERVAL_S:
-            if self._looked_s == -math.inf:
-                self._changed_s = now  # little is known yet: too little to narrow the window
-            self._looked_s = now
-            plan = self._better_plan(now)
-            if plan != self._plan:
-                self._plan, self._changed_s = plan, now
-            self._is_probing = (
-                self._estimates.is_slope_doubtful and now - self._probed_s >= PROBE_INTERVAL_S
-            )
-            if self._is_probing:
-                self._probed_s = now
-        return self._probe() if self._is_probing else self._plan
-
-    def _probe(self) -> DraftPlan:
-        """Another length, until the next look: what a draft adds to a step is only seen where
-        steps differ. A longer one if there is: on an engine that is not loaded it costs little."""
-        length, window = self._plan.draft_length, self._plan.window
-        longer = min(2 * length, self._draft_length_max)
-        return DraftPlan(longer if longer > length else max(1, length // 2), window)
-
-    def _better_plan(self, now: float) -> DraftPlan:
-        """The best plan if it gains enough, else the present one, with a window not too wide."""
-        costs, link = self._estimates.costs(), self._estimates.link()
-        acceptance = self._estimates.acceptance()
-
-        def goodput(plan: DraftPlan) -> float:
-            scheme = dataclasses.replace(
-                self._scheme, draft_length=plan.draft_length, window=plan.window
-            )
-            return predicted_goodput(costs, scheme, link, acceptance)
-
-        def with_window(length: int) -> DraftPlan:
-            window = window_needed(length, costs, link, acceptance[-1])
-            return DraftPlan(length, min(window, self._window_max))
-
-        plans = [with_window(length) for length in range(1, self._draft_length_max + 1)]
-        best = max(plans, key=goodput)
-        if goodput(best) > (1.0 + GAIN_MIN) * goodput(self._plan):
-            return best
-        enough = with_window(self._plan.draft_length)
-        is_wide = self._plan.window >= WIDE * enough.window
-        if is_wide and now - self._changed_s >= SHRINK_INTERVAL_S:
-            return enough
+        del now
         return self._plan
 
+    def heard(
+        self, verdict: Verdict, num_tokens: int, round_trip_s: float | None, now: float
+    ) -> None: ...
 
-def window_needed(draft_length: int, costs: Costs, link: Network, alpha: float) -> int:
-    """Tokens in flight that keep drafter and engine busy until a verdict is back.
+    def end(self) -> None: ...
 
-    The slower of the two, 60 ms for four tokens, sets the pace: (10 + 60 + 50) / 15 = 8 tokens go
-    out before the first verdict is back; half as many for slack, and a round more.
 
-    >>> from picospec.performance.costs import VerifyCost
-    >>> window_needed(4, Costs(10.0, VerifyCost(((4, 60.0),))), Network(rtt_ms=50.0), alpha=1.0)
-    16
-    """
-    step_ms = costs.step_ms(draft_length)
-    token_ms = max(costs.draft_ms, step_ms / draft_length)
-    in_flight = (costs.draft_ms + step_ms + link.rtt_ms) / token_ms
-    window = draft_length + math.ceil(SLACK * in_flight)
-    if 0.0 < alpha < 1.0:
-        window = min(window, math.ceil(math.log(HOPE_MIN) / math.log(alpha)))
-    return max(window, 2 * draft_length)
+@dataclass(slots=True)
+class Choice:
+    """In one setting: whether the drafter drafts, and when the other way is looked at again."""
+
+    drafts: bool = True
+    looks_since_s: float | None = None  # at an arm that is not known well enough
+    looked_s: float = 0.0  # generation time of the look so far
+    looked_tokens: int = 0
+    next_look_s: float = -math.inf
+    interval_s: float = LOOK_INTERVAL_S
+
+    def update(self, on: Rate, off: Rate, now: float) -> None:
+        """Decide, unless a look is under way."""
+        if self.looks_since_s is not None:
+            if not self._has_seen_enough(now):
+                return
+            self._end_look(on, off, now)
+        for rate, drafts in ((on, True), (off, False)):
+            if not _is_known(rate, drafts=drafts):
+                self._look(drafts=drafts, now=now)
+                return
+        if now >= self.next_look_s:
+            other = not _pays(on, off)
+            (on if other else off).fade()
+            self._look(drafts=other, now=now)
+        else:
+            self.drafts = _pays(on, off)
+
+    def _end_look(self, on: Rate, off: Rate, now: float) -> None:
+        confirmed = self.drafts is not _pays(on, off)  # the arm looked at is still the slower one
+        self.looks_since_s = None
+        self.interval_s = (
+            min(2 * self.interval_s, LOOK_INTERVAL_MAX_S) if confirmed else LOOK_INTERVAL_S
+        )
+        self.next_look_s = now + self.interval_s
+
+    def sampled(self, tokens: int, seconds: float) -> None:
+        self.looked_s += seconds
+        self.looked_tokens += tokens
+
+    def _look(self, *, drafts: bool, now: float) -> None:
+        self.drafts = drafts
+        self.looks_since_s, self.looked_s, self.looked_tokens = now, 0.0, 0
+
+    def _has_seen_enough(self, now: float) -> bool:
+        assert self.looks_since_s is not None
+        enough = self.looked_s >= ENOUGH_S[self.drafts] and self.looked_tokens >= ENOUGH_TOKENS
+        return enough or (self.looked_s > 0.0 and now - self.looks_since_s > LOOK_TIMEOUT_S)
+
+
+def _is_known(rate: Rate, *, drafts: bool) -> bool:
+    return rate.seconds >= ENOUGH_S[drafts] / 2
+
+
+def _pays(on: Rate, off: Rate) -> bool:
+    return on.per_second > (1.0 + GAIN_MIN) * off.per_second
+
+
+class AutoControl:
+    """Goes by what is measured."""
+
+    def __init__(self, estimates: Estimates, modes: tuple[VerificationMode, ...]) -> None:
+        self.estimates = estimates
+        self._modes = modes
+        self._choices: dict[Setting, Choice] = {}
+        self._num_begun = 0
+        self.num_running = 0  # generations, which share the drafter
+
+    def begin(self, sampling: SamplingParams, *, seeded: bool, now: float) -> "AutoCourse":
+        del now
+        sampled = sampling.temperature >= GREEDY_TEMPERATURE
+        self._num_begun += 1
+        self.num_running += 1
+        mode = VerificationMode.COUPLED
+        if mode not in self._modes:
+            mode = self._modes[0]
+        elif sampled and not seeded and VerificationMode.SPLIT in self._modes:
+            mode = self._faster_mode()
+        return AutoCourse(self, mode, sampled=sampled)
+
+    def drafted(self, num_tokens: int, seconds: float) -> None:
+        if num_tokens > 0:
+            self.estimates.drafting.add(1e3 * seconds / num_tokens, num_tokens)
+
+    def setting(self, *, batch_size: int, sampled: bool) -> Setting:
+        round_trip_ms = self.estimates.round_trip.mean()
+        return Setting.of(batch_size=batch_size, round_trip_ms=round_trip_ms, sampled=sampled)
+
+    def choice(self, setting: Setting) -> Choice:
+        return self._choices.setdefault(setting, Choice())
+
+    def window(self, draft_budget: int) -> int:
+        """How far ahead: drafts until the verdict on the first of them is back, with slack."""
+        estimates = self.estimates
+        step_ms, rtt_ms = estimates.step.mean(20.0), estimates.round_trip.mean()
+        draft_ms = max(0.1, estimates.drafting.mean(step_ms / 2)) * max(1, self.num_running)
+        window = math.ceil(SLACK * (rtt_ms + 2 * step_ms) / draft_ms) + WINDOW_MIN
+        if draft_budget:
+            window = min(window, math.ceil((draft_budget + 1) * (2 + rtt_ms / step_ms)))
+        if (alpha := estimates.alpha) < 1.0:
+            window = min(window, math.ceil(math.log(HOPE_MIN) / math.log(alpha)))
+        return min(max(window, WINDOW_MIN), WINDOW_MAX)
+
+    def _faster_mode(self) -> VerificationMode:
+        """By the rates at the present round trip, alone in the cloud's batch or nearly so."""
+        best = Setting.of(
+            batch_size=1, round_trip_ms=self.estimates.round_trip.mean(), sampled=True
+        )
+        arms = self.estimates.arms(best)
+        split, coupled = arms[Arm.SPLIT], arms[Arm.COUPLED]
+        for arm, mode in ((coupled, VerificationMode.COUPLED), (split, VerificationMode.SPLIT)):
+            if not arm.seconds:
+                return mode
+        is_split = split.per_second > coupled.per_second
+        slower, faster = sorted((split.per_second, coupled.per_second))
+        every = OTHER_MODE_EVERY if slower > FAR_BEHIND * faster else 8 * OTHER_MODE_EVERY
+        if self._num_begun % every == 0:
+            is_split = not is_split
+        return VerificationMode.SPLIT if is_split else VerificationMode.COUPLED
+
+
+@dataclass(slots=True)
+class AutoCourse:
+    """One generation's course under an `AutoControl`."""
+
+    control: AutoControl
+    mode: VerificationMode
+    sampled: bool
+    batch_size: int = 1
+    draft_budget: int = DRAFT_LENGTH_MAX
+    _drafts: bool | None = None
+    _changed_s: float = -math.inf  # when it began or ceased to draft
+    _heard_s: float | None = None  # the last verdict
+    _last: DraftPlan = field(default_factory=lambda: DraftPlan(DRAFT_LENGTH_MAX, 0))
+
+    def plan(self, now: float) -> DraftPlan:
+        control, estimates = self.control, self.control.estimates
+        setting = control.setting(batch_size=self.batch_size, sampled=self.sampled)
+        arms, choice = estimates.arms(setting), control.choice(setting)
+        choice.update(arms[Arm(self.mode.value)], arms[Arm.OFF], now)
+        drafts = choice.drafts and self.draft_budget > 0
+        if drafts is not self._drafts:
+            if self._drafts is not None:
+                self._changed_s = now
+            self._drafts = drafts
+        window = control.window(self.draft_budget) if drafts else 0
+        if bool(window) is not bool(self._last.window) or abs(window - self._last.window) > 1:
+            self._last = DraftPlan(DRAFT_LENGTH_MAX, window)
+        return self._last
+
+    def heard(
+        self, verdict: Verdict, num_tokens: int, round_trip_s: float | None, now: float
+    ) -> None:
+        estimates = self.control.estimates
+        estimates.age(now)
+        if round_trip_s is not None:
+            estimates.round_trip.add(1e3 * round_trip_s)
+        if verdict.compute_us:
+            estimates.step.add(verdict.compute_us / 1e3)
+        estimates.acceptance.add(1.0, verdict.num_accepted)
+        if verdict.num_accepted < verdict.num_draft_tokens:
+            estimates.acceptance.add(0.0)
+        if verdict.batch_size:
+            self.batch_size, self.draft_budget = verdict.batch_size, verdict.draft_budget
+        before, self._heard_s = self._heard_s, now
+        if before is None:
+            return  # the prompt's prefill
+        self._measure(num_tokens, now - before, now)
+
+    def end(self) -> None:
+        self.control.num_running -= 1
+
+    def _measure(self, num_tokens: int, seconds: float, now: float) -> None:
+        """Add to the rate of what the generation does, once a change has come through."""
+        estimates = self.control.estimates
+        settled_s = 1e-3 * (estimates.round_trip.mean() + 2 * estimates.step.mean())
+        if now - seconds < self._changed_s + settled_s:
+            return
+        arm = Arm(self.mode.value) if self._drafts else Arm.OFF
+        setting = self.control.setting(batch_size=self.batch_size, sampled=self.sampled)
+        estimates.arms(setting)[arm].add(num_tokens, seconds)
+        choice = self.control.choice(setting)
+        if choice.drafts is self._drafts:
+            choice.sampled(num_tokens, seconds)

@@ -1,25 +1,34 @@
-"""Live estimates of what speculation costs and brings, from what an edge sees of it.
+"""What an edge has learnt: its drafter's pace, its link, its cloud, and where drafting pays.
 
-Sums that decay with time, so that their ratios follow a change of round trip or load within a few
-seconds; time is passed in by `age`. What is remembered survives silence: the ratios of decayed sums
-stay, so a new chat starts with what the last one knew.
+`Estimates` is the edge's; all its generations feed and read it, and `as_json` / `from_json` carry
+it over a restart. Speeds are kept by *setting* (how many sessions share the cloud's batch, the
+round trip, greedy or sampled) and by *arm* (the mode that drafts, or no drafting at all), in tokens
+per second of one generation. Arms are compared by what was measured, never by a model: whatever
+slows a generation down counts, the memory that drafter and engine may share included.
 """
 
+import enum
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
-from picospec.performance.costs import Costs, Network, VerifyCost
+from picospec.protocol.messages import VerificationMode
 
-TIME_CONSTANT_S = 1.5  # of speeds and round trips
+TIME_CONSTANT_S = 1.5  # of paces and round trips
 ACCEPTANCE_TIME_CONSTANT_S = 10.0  # it hangs on the text, and is noisy
-SILENCE_S = 1.0  # ages no more than this, however long it lasts
+ACCEPTANCE_PRIOR, ACCEPTANCE_PRIOR_WEIGHT = 0.7, 4.0
+RATE_MEMORY_S = 20.0  # of generation time, in an arm's rate
+STALE_RATE_S = 1.0  # what an old rate weighs when its arm is looked at anew
+RTT_FLOOR_MS = 16.0  # round trips are told apart by their logarithm, above this
+SETTINGS_MAX = 256
 
-PLACES = 8  # the last stands for all beyond
-ACCEPTANCE_PRIOR, ACCEPTANCE_PRIOR_WEIGHT = 0.7, 2.0
-PLACE_PRIOR_WEIGHT = 20.0  # of the mean over all places, in each
-SLOPE_PRIOR = 0.06  # of a draft in a step's cost, over the cost without any
-SPREAD_MIN, SPREAD_PER_STEP_MIN = 4.0, 0.2  # squared drafts, to measure that slope
-LOAD_CHANGE = 1.25  # of the base: more makes the slope doubtful
+
+class Arm(enum.Enum):
+    """What a generation does: draft in a mode, or leave it to the cloud."""
+
+    OFF = "off"
+    SPLIT = VerificationMode.SPLIT.value
+    COUPLED = VerificationMode.COUPLED.value
 
 
 @dataclass(slots=True)
@@ -37,158 +46,121 @@ class DecayingMean:
 
     @property
     def known(self) -> bool:
-        return self.weight > 0.0
+        return self.weight > 1e-9
 
     def mean(self, default: float = 0.0) -> float:
-        return self.total / self.weight if self.weight > 0.0 else default
+        return self.total / self.weight if self.known else default
 
 
 @dataclass(slots=True)
-class VerifyCostEstimate:
-    """An engine step's milliseconds over the drafts forwarded behind its first token.
+class Rate:
+    """Tokens per second of one generation; the older a sample, the less it weighs."""
 
-    Linear regression with forgetting: base · (1 + slope · drafts). Base and slope are remembered
-    apart, since steps that are all alike tell the base only. A forward of one token may cost less
-    than the line says and has its own mean.
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        factor = math.exp(-seconds / RATE_MEMORY_S)
+        self.tokens = self.tokens * factor + tokens
+        self.seconds = self.seconds * factor + seconds
+
+    def fade(self) -> None:
+        """What was measured is old: new samples soon outweigh it."""
+        if self.seconds > STALE_RATE_S:
+            self.tokens, self.seconds = self.per_second * STALE_RATE_S, STALE_RATE_S
+
+    @property
+    def per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a rate depends on beside the arm, coarsely.
+
+    >>> Setting.of(batch_size=5, round_trip_ms=21.0, sampled=False)
+    Setting(batch=3, round_trip=5, sampled=False)
     """
 
-    steps: DecayingMean = field(default_factory=DecayingMean)  # ms
-    drafts: DecayingMean = field(default_factory=DecayingMean)
-    squares: DecayingMean = field(default_factory=DecayingMean)  # drafts²
-    products: DecayingMean = field(default_factory=DecayingMean)  # drafts · ms
-    plain: DecayingMean = field(default_factory=DecayingMean)  # ms without drafts
-    slope: float = SLOPE_PRIOR  # of a draft, over the base
-    sure_base_ms: float | None = None  # the base when the slope was last measured
+    batch: int  # log2 of the sessions in the cloud's batch, rounded up
+    round_trip: int  # log2 of the milliseconds above a floor
+    sampled: bool
 
-    def add(self, num_drafts: int, step_ms: float) -> None:
-        if not num_drafts:
-            self.plain.add(step_ms)
-            return
-        self.steps.add(step_ms)
-        self.drafts.add(num_drafts)
-        self.squares.add(num_drafts**2)
-        self.products.add(num_drafts * step_ms)
-        self._measure_slope()
-
-    def decay(self, factor: float) -> None:
-        for sums in (self.steps, self.drafts, self.squares, self.products, self.plain):
-            sums.decay(factor)
-
-    @property
-    def known(self) -> bool:
-        return self.steps.known or self.plain.known
-
-    @property
-    def is_doubtful(self) -> bool:
-        """Whether the slope was never measured, or under another load."""
-        if self.sure_base_ms is None:
-            return True
-        ratio = self._base_ms() / self.sure_base_ms
-        return not 1.0 / LOAD_CHANGE < ratio < LOAD_CHANGE
-
-    def cost(self) -> VerifyCost:
-        """To be asked only when something is known."""
-        base_ms = self._base_ms()
-        slope_ms = self.slope * base_ms
-        # A plain step is measured, unless the line is below it: then load has gone.
-        plain_ms = min(self.plain.mean(base_ms), base_ms + slope_ms)
-        return VerifyCost.affine(base_ms, slope_ms, plain_ms)
-
-    def _base_ms(self) -> float:
-        is_stale = self.steps.weight < min(1.0, self.plain.weight / 4.0)
-        if is_stale or not self.steps.known:
-            return self.plain.mean()
-        return self.steps.mean() / (1.0 + self.slope * self.drafts.mean())
-
-    def _measure_slope(self) -> None:
-        """Where the steps differ enough in their drafts to tell it."""
-        step_ms, drafts = self.steps.mean(), self.drafts.mean()
-        spread = self.squares.mean() - drafts**2
-        if spread * self.steps.weight < SPREAD_MIN or spread < SPREAD_PER_STEP_MIN:
-            return
-        slope_ms = (self.products.mean() - drafts * step_ms) / spread
-        slope_ms = min(max(slope_ms, 0.0), step_ms / (1.0 + drafts))
-        base_ms = step_ms - slope_ms * drafts
-        self.slope, self.sure_base_ms = slope_ms / base_ms, base_ms
+    @classmethod
+    def of(cls, *, batch_size: int, round_trip_ms: float, sampled: bool) -> "Setting":
+        batch = max(0, batch_size - 1).bit_length()
+        return cls(batch, round(math.log2(RTT_FLOOR_MS + round_trip_ms)), sampled)
 
 
-class LiveEstimates:
-    """Of one edge: its drafter, its link, its cloud. Shared by its generations."""
-
-    def __init__(self) -> None:
-        self._drafting = DecayingMean()  # ms per token
-        self._round_trip = DecayingMean()  # ms
-        self._contention = DecayingMean()  # ms, 0 without evidence
-        self._verify = VerifyCostEstimate()
-        self._acceptance = [DecayingMean() for _ in range(PLACES)]
-        self._aged_s: float | None = None
+@dataclass(slots=True)
+class Estimates:
+    drafting: DecayingMean = field(default_factory=DecayingMean)  # ms per token
+    round_trip: DecayingMean = field(default_factory=DecayingMean)  # ms
+    step: DecayingMean = field(default_factory=DecayingMean)  # ms of an engine step
+    acceptance: DecayingMean = field(default_factory=DecayingMean)  # of drafts looked at
+    rates: dict[Setting, dict[Arm, Rate]] = field(default_factory=dict)
+    aged_s: float = 0.0
 
     def age(self, now: float) -> None:
-        """Forget what has become old; `now` in seconds, of one clock for all generations."""
-        passed_s = 0.0 if self._aged_s is None else min(max(0.0, now - self._aged_s), SILENCE_S)
-        self._aged_s = now if self._aged_s is None else max(now, self._aged_s)
-        factor = math.exp(-passed_s / TIME_CONSTANT_S)
-        for sums in (self._drafting, self._round_trip, self._contention):
-            sums.decay(factor)
-        self._verify.decay(factor)
-        factor = math.exp(-passed_s / ACCEPTANCE_TIME_CONSTANT_S)
-        for place in self._acceptance:
-            place.decay(factor)
-
-    def drafted(self, num_tokens: int, seconds: float) -> None:
-        if num_tokens > 0:
-            self._drafting.add(1e3 * seconds / num_tokens, num_tokens)
-
-    def round_trip(self, seconds: float) -> None:
-        self._round_trip.add(1e3 * max(0.0, seconds))
-
-    def judged(self, place: int, num_judged: int, num_accepted: int) -> None:
-        """`num_judged` drafts from `place` of their chain on (0 = after a recovered token)."""
-        for index in range(place, place + num_accepted):
-            self._acceptance[min(index, PLACES - 1)].add(1.0)
-        if num_accepted < num_judged:
-            self._acceptance[min(place + num_accepted, PLACES - 1)].add(0.0)
-
-    def stepped(self, num_drafts: int, seconds: float) -> None:
-        """An engine step that forwarded `num_drafts` behind its first token."""
-        self._verify.add(num_drafts, 1e3 * seconds)
-
-    def queued(self, seconds: float) -> None:
-        """What the newest draft of a step waited, where the step took all there was and the
-        drafter was free to go on: another came within a drafting time, so what is beyond was
-        spent on other sessions."""
-        self._contention.add(max(0.0, 1e3 * seconds - self._drafting.mean()))
+        """Forget what has become old; `now` in seconds. Silence ages nothing away: means stay."""
+        passed_s = max(0.0, now - self.aged_s) if self.aged_s else 0.0
+        self.aged_s = now
+        factor = math.exp(-min(passed_s, 1.0) / TIME_CONSTANT_S)
+        for mean in (self.drafting, self.round_trip, self.step):
+            mean.decay(factor)
+        self.acceptance.decay(math.exp(-min(passed_s, 1.0) / ACCEPTANCE_TIME_CONSTANT_S))
 
     @property
-    def known(self) -> bool:
-        """Whether there is enough to plan by."""
-        return self._drafting.known and self._round_trip.known and self._verify.known
+    def alpha(self) -> float:
+        """Probability that a draft is accepted, given that those before it were."""
+        total = self.acceptance.total + ACCEPTANCE_PRIOR * ACCEPTANCE_PRIOR_WEIGHT
+        return total / (self.acceptance.weight + ACCEPTANCE_PRIOR_WEIGHT)
 
-    @property
-    def is_slope_doubtful(self) -> bool:
-        """Whether steps of another length would tell something new."""
-        return self._verify.is_doubtful
+    def arms(self, setting: Setting) -> dict[Arm, Rate]:
+        if setting not in self.rates and len(self.rates) >= SETTINGS_MAX:
+            self.rates.pop(next(iter(self.rates)))
+        return self.rates.setdefault(setting, {arm: Rate() for arm in Arm})
 
-    def costs(self) -> Costs:
-        """To be asked only when `known`."""
-        draft_ms = max(1e-3, self._drafting.mean())
-        return Costs(
-            draft_ms=draft_ms,
-            verify_ms=self._verify.cost(),
-            step_overhead_ms=self._contention.total / (1.0 + self._contention.weight),
-        )
+    def as_json(self) -> dict[str, Any]:
+        """What is worth keeping over a restart."""
+        return {
+            "version": 1,
+            "drafting_ms": self.drafting.mean(),
+            "round_trip_ms": self.round_trip.mean(),
+            "step_ms": self.step.mean(),
+            "alpha": self.alpha,
+            "rates": [
+                [setting.batch, setting.round_trip, setting.sampled, arm.value, rate.per_second]
+                for setting, arms in self.rates.items()
+                for arm, rate in arms.items()
+                if rate.seconds
+            ],
+        }
 
-    def link(self) -> Network:
-        return Network(rtt_ms=self._round_trip.mean())
+    @classmethod
+    def from_json(cls, document: Any) -> "Estimates":
+        """The inverse of `as_json`, as old knowledge. Raises ValueError for anything else."""
+        try:
+            if document["version"] != 1:
+                raise ValueError(f"version {document['version']!r}")
+            estimates = cls()
+            for name in ("drafting", "round_trip", "step"):
+                if (value := _number(document[f"{name}_ms"])) > 0.0:
+                    getattr(estimates, name).add(value, 1e-3)
+            estimates.acceptance.add(min(1.0, _number(document["alpha"])), ACCEPTANCE_PRIOR_WEIGHT)
+            for batch, round_trip, sampled, arm, per_second in document["rates"][:SETTINGS_MAX]:
+                setting = Setting(int(batch), int(round_trip), bool(sampled))
+                rate = Rate(_number(per_second) * STALE_RATE_S, STALE_RATE_S)
+                estimates.arms(setting)[Arm(arm)] = rate
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no estimates: {type(error).__name__}: {error}") from None
+        return estimates
 
-    def acceptance(self) -> tuple[float, ...]:
-        """By place in the chain."""
-        total = sum(place.total for place in self._acceptance)
-        weight = sum(place.weight for place in self._acceptance)
-        mean = (total + ACCEPTANCE_PRIOR * ACCEPTANCE_PRIOR_WEIGHT) / (
-            weight + ACCEPTANCE_PRIOR_WEIGHT
-        )
-        return tuple(
-            (place.total + PLACE_PRIOR_WEIGHT * mean) / (place.weight + PLACE_PRIOR_WEIGHT)
-            for place in self._acceptance
-        )
+
+def _number(value: Any) -> float:
+    """Raises ValueError unless `value` is a finite number, not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{value!r} is not a number")
+    if not math.isfinite(value) or value < 0.0:
+        raise ValueError(f"{value!r} is out of range")
+    return float(value)

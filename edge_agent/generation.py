@@ -22,6 +22,7 @@ class GenerationRequest:
     sampling: SamplingParams
     max_tokens: int
     stop_token_ids: tuple[int, ...]  # end-of-sequence ids included
+    seeded: bool = False  # the caller chose the seed: the text must be a function of it
 
 
 @dataclass(slots=True)

@@ -1,5 +1,7 @@
 """The parallel drafter: joins a drafting context, an EdgeSession and a stream to the cloud.
 
+The context is there only while the drafter drafts and works: without it the cloud goes on alone.
+
 The rules of this file:
 1. It runs on the event loop and computes nothing: the session decides, the drafter's process
    and the cloud compute. Here effects are carried out and time is read.
@@ -14,20 +16,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable
 
+import numpy as np
+
 from edge_agent.accounting import Account
-from edge_agent.control import FixedLength
+from edge_agent.control import Control, Course, DraftPlan, FixedControl
 from edge_agent.drafting.context import DraftContext, Drafting
 from edge_agent.drafting.messages import ContextFailed, ContextSpec, DraftEvent
 from edge_agent.generation import GenerationChunk, GenerationRequest, GenerationStats
 from edge_agent.link import Link, Stream
 from edge_agent.observer import NullObserver, PipelineObserver
 from edge_agent.resume import Resumption
-from picospec.errors import CapacityError, CloudUnavailable, LocalProtocolError, PicoSpecError
-from picospec.performance.controller import DraftLengthController, DraftPlan
-from picospec.protocol.drafting import Allow, Drafted, Recover, Rollback
+from picospec.errors import (
+    CapacityError,
+    CloudUnavailable,
+    DrafterFailed,
+    LocalProtocolError,
+    PicoSpecError,
+)
+from picospec.protocol.drafting import Allow, Drafted, Rollback
 from picospec.protocol.edge_events import (
     Commit,
     EdgeEvent,
@@ -42,7 +52,14 @@ from picospec.protocol.edge_events import (
 )
 from picospec.protocol.edge_machine import SpeculationPolicy
 from picospec.protocol.edge_session import EdgeSession
-from picospec.protocol.messages import EdgeFrame, FinishReason, ModelCard, Open, Verdict
+from picospec.protocol.messages import (
+    AssistPolicy,
+    EdgeFrame,
+    FinishReason,
+    ModelCard,
+    Open,
+    Verdict,
+)
 from picospec.protocol.session_spec import SessionSpec
 
 __all__ = ["SpeculationPolicy", "SpeculativeGeneration", "SpeculativeGenerator"]
@@ -62,23 +79,26 @@ class SpeculativeGenerator:
         card: Callable[[], ModelCard],
         policy: SpeculationPolicy,
         observer: PipelineObserver | None = None,
-        control: Callable[[], DraftLengthController] | None = None,
+        control: Control | None = None,
     ) -> None:
-        """`card` gives the model served; raises CloudUnavailable, ModelMismatch. `control` makes
-        each generation's controller; without one, lengths stay as in `policy`."""
+        """`card` gives the model served; raises CloudUnavailable, ModelMismatch. `control` decides
+        on mode and lengths; without one they stay as in `policy`."""
         self.link = link
         self.drafting = drafting
         self.card = card
         self.policy = policy
         self.observer = observer if observer is not None else NullObserver()
-        self.control = control or (lambda: FixedLength(_plan_of(policy)))
+        self.control = control or FixedControl(policy)
+        self._drafted = (drafting.timed_tokens, drafting.drafting_s)  # when last looked at
 
     def generate(self, request: GenerationRequest) -> SpeculativeGeneration:
         return SpeculativeGeneration(self, request)
 
-
-def _plan_of(policy: SpeculationPolicy) -> DraftPlan:
-    return DraftPlan(policy.draft_length, policy.window)
+    def report_drafting(self) -> None:
+        """Tell the control what the drafter has done since it was last told."""
+        before = self._drafted
+        self._drafted = (self.drafting.timed_tokens, self.drafting.drafting_s)
+        self.control.drafted(self._drafted[0] - before[0], self._drafted[1] - before[1])
 
 
 class SpeculativeGeneration:
@@ -93,20 +113,19 @@ class SpeculativeGeneration:
         self._generator = generator
         self._request = request
         self._policy = policy = generator.policy
-        self.stats = GenerationStats(
-            mode=policy.mode.value, prompt_tokens=len(request.prompt_token_ids)
-        )
+        self.stats = GenerationStats(prompt_tokens=len(request.prompt_token_ids))
         self._observer = generator.observer
         self._account = Account(self.stats, generator.observer)
-        self._control = generator.control()
-        self._plan = _plan_of(policy)
-        drafting = generator.drafting
-        self._drafted = (drafting.drafted_tokens, drafting.drafting_s)  # when last looked at
+        self._course: Course
+        self._plan = DraftPlan(policy.draft_length, policy.window)
         self._resumption = Resumption(
             attempts_max=policy.resume_attempts, timeout_s=policy.resume_timeout_s
         )
+        self._spec: SessionSpec
         self._session: EdgeSession
         self._context: DraftContext | None = None
+        self._has_drafter = True  # or may get a context of it
+        self._num_measured = 0  # output tokens that the course has heard of
         self._stream: Stream | None = None
         self._stream_opened = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -154,8 +173,8 @@ class SpeculativeGeneration:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
             await self._close_stream()
-            if self._context is not None:
-                self._context.close()
+            self._close_context()
+            self._course.end()
             self._observer.generation_finished(self._outcome())
 
     def _outcome(self) -> str:
@@ -167,8 +186,19 @@ class SpeculativeGeneration:
         """Open context and session, and let them run. Raises PicoSpecError."""
         if self._closed or self._task is not None:
             raise LocalProtocolError("A generation runs once", "generation")
-        request, policy, card = self._request, self._policy, self._generator.card()
-        spec = SessionSpec(
+        request, card = self._request, self._generator.card()
+        self._course = self._generator.control.begin(
+            request.sampling, seeded=request.seeded, now=self._now()
+        )
+        self._plan = self._course.plan(self._now())
+        self._policy = policy = dataclasses.replace(
+            self._policy,
+            mode=self._course.mode,
+            draft_length=self._plan.draft_length,
+            window=self._plan.window,
+        )
+        self.stats.mode = policy.mode.value
+        self._spec = spec = SessionSpec(
             session_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
             sampling=request.sampling,
@@ -178,30 +208,56 @@ class SpeculativeGeneration:
             policy=policy,
         )
         self._session = EdgeSession(spec)
-        self._context = self._generator.drafting.open(
-            ContextSpec(
-                request_id=request.request_id,
-                token_ids=request.prompt_token_ids,
-                sampling=request.sampling,
-                mode=policy.mode,
-                stop_token_ids=request.stop_token_ids,
-                prompt_length=len(request.prompt_token_ids),
-                max_length=len(request.prompt_token_ids) + request.max_tokens,
-                logits_width=card.logits_width,
-                confidence_stop=policy.confidence_stop,
-            ),
-            self._on_draft_event,
-        )
+        self._follow_plan()
         self._observer.generation_started()
         self._task = asyncio.create_task(self._run(), name="generation")
 
     # -- the drafter and the clock ---------------------------------------------------------------
 
+    def _follow_plan(self) -> None:
+        """Have a drafting context if the plan is to draft. Without one the cloud goes on alone."""
+        if self._context is not None or not self._plan.window or not self._has_drafter:
+            return
+        request, policy = self._request, self._policy
+        output = np.array(self._session.output, np.int32)
+        try:
+            self._context = self._generator.drafting.open(
+                ContextSpec(
+                    request_id=request.request_id,
+                    token_ids=np.concatenate([request.prompt_token_ids, output]),
+                    sampling=request.sampling,
+                    mode=policy.mode,
+                    stop_token_ids=request.stop_token_ids,
+                    prompt_length=len(request.prompt_token_ids),
+                    max_length=len(request.prompt_token_ids) + request.max_tokens,
+                    logits_width=self._spec.card.logits_width,
+                    confidence_stop=policy.confidence_stop,
+                ),
+                self._on_draft_event,
+                branch=self._session.branch,
+            )
+        except (DrafterFailed, CapacityError) as error:
+            self._lose_drafter(error)
+
+    def _lose_drafter(self, error: PicoSpecError) -> None:
+        """Go on without drafts, if the cloud does."""
+        if self._policy.assist not in (AssistPolicy.ALWAYS, AssistPolicy.AUTO):
+            self._fail(error)
+            return
+        self._has_drafter = False
+        self._close_context()
+        logger.warning("the cloud goes on alone: %s", error)
+
+    def _close_context(self) -> None:
+        context, self._context = self._context, None
+        if context is not None:
+            context.close()
+
     def _on_draft_event(self, event: DraftEvent) -> None:
         """Called on the event loop, between any two other events of the session."""
         if isinstance(event, ContextFailed):
             if not self._closed:
-                self._fail(event.error)
+                self._lose_drafter(event.error)
         else:
             self._handle_guarded(event)
 
@@ -238,8 +294,7 @@ class SpeculativeGeneration:
                 try:
                     await self._receive_all()
                 except (CloudUnavailable, CapacityError) as error:
-                    if not self._session.finished:  # by the token that the drafter recovered
-                        await self._resume(error)
+                    await self._resume(error)
         except Exception as error:
             self._fail(self._named(error))
         finally:
@@ -269,25 +324,19 @@ class SpeculativeGeneration:
                     pass
 
     def _steer(self, verdict: Verdict) -> None:
-        """Tell the controller what was measured, and follow its plan."""
-        control, drafting = self._control, self._generator.drafting
-        before, self._drafted = self._drafted, (drafting.drafted_tokens, drafting.drafting_s)
-        control.drafted(self._drafted[0] - before[0], self._drafted[1] - before[1])
+        """Tell the course what was measured, and follow its plan."""
+        self._generator.report_drafting()
         round_trip_s = self._session.round_trip_s
         if round_trip_s is not None:
             self._observer.round_trip(round_trip_s)
-            control.round_trip(round_trip_s)
-        control.judged(
-            verdict.num_draft_tokens,
-            verdict.num_accepted,
-            verdict.num_forwards,
-            verdict.queue_us * 1e-6,
-            verdict.compute_us * 1e-6,
-        )
-        plan = control.plan(self._now())
+        num_new = self.stats.output_tokens - self._num_measured
+        self._num_measured = self.stats.output_tokens
+        self._course.heard(verdict, num_new, round_trip_s, self._now())
+        plan = self._course.plan(self._now())
         if plan != self._plan:
             self._plan = plan
             self._observer.planned(plan.draft_length, plan.window)
+            self._follow_plan()
             self._handle(SetLength(plan.draft_length, plan.window))
 
     async def _resume(self, error: CloudUnavailable | CapacityError) -> None:
@@ -315,7 +364,6 @@ class SpeculativeGeneration:
         self._set_timer()
 
     def _carry_out(self, effect: Effect) -> None:
-        assert self._context is not None
         match effect:
             case Send(frame):
                 self._send(frame)
@@ -324,13 +372,15 @@ class SpeculativeGeneration:
                 self._committed += token_ids
                 self._news.set()
             case Allow():
-                self._context.send(effect)
-            case Rollback() | Recover():
-                self._context.send(effect)
+                if self._context is not None:
+                    self._context.send(effect)
+            case Rollback():
+                if self._context is not None:
+                    self._context.send(effect)
                 self._account.rolled_back(self._session.stale_tokens)
             case Finished(reason):
                 self._reason = reason
-                self._context.close()
+                self._close_context()
                 self._stream_opened.set()
                 self._news.set()
 

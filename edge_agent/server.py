@@ -17,7 +17,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import uvicorn
@@ -26,10 +26,11 @@ from edge_agent.api.admission import Admission
 from edge_agent.api.host import Health
 from edge_agent.api.routes import create_app
 from edge_agent.config import EdgeConfig, ServerConfig
-from edge_agent.control import AdaptiveLength, FixedLength
+from edge_agent.control import DRAFT_LENGTH_MAX, AutoControl, Control, FixedControl
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
-from edge_agent.estimates import LiveEstimates
+from edge_agent.estimates import Estimates
+from edge_agent.estimates_file import EstimatesFile
 from edge_agent.generation import Generator
 from edge_agent.link import CloudLink
 from edge_agent.metrics import DrafterState, EdgeMetrics
@@ -37,14 +38,18 @@ from edge_agent.model_watch import ModelWatch
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import ConfigError, ModelMismatch
-from picospec.performance.controller import DraftLengthController, DraftPlan
-from picospec.performance.costs import Scheme
 from picospec.protocol.messages import ModelCard, VerificationMode
 from picospec.service_manager import ServiceManager
 from picospec.waiting import first_of
 
 logger = logging.getLogger(__name__)
 
+# Those that a setting allows; an `auto` edge needs the first.
+MODES = {
+    "auto": (VerificationMode.COUPLED, VerificationMode.SPLIT),
+    "split": (VerificationMode.SPLIT,),
+    "coupled": (VerificationMode.COUPLED,),
+}
 _LAST_WORDS_S = 3.0  # for answers that were told to end
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -149,11 +154,18 @@ class EdgeServer:
                 poll_interval_s=cloud.poll_interval_s,
                 on_reachable=metrics.cloud_reachable,
             )
+            file = EstimatesFile(config.speculation.estimates_file)
+            estimates = file.read()
+            stack.callback(file.write, estimates)
             generator = SpeculativeGenerator(
-                link, drafting, watch.card, policy, metrics, control_of(config)
+                link, drafting, watch.card, policy, metrics, control_of(config, estimates)
             )
             host = EdgeHost(self._tokenizer, generator, watch, drafting)
-            for work in (watch.run(), self._manager.feed_watchdog(lambda: drafting.problem)):
+            for work in (
+                watch.run(),
+                file.keep(estimates),
+                self._manager.feed_watchdog(lambda: drafting.problem),
+            ):
                 stack.callback(asyncio.create_task(work).cancel)
             await self._serve(host, metrics)
 
@@ -235,24 +247,20 @@ def bind(server: ServerConfig) -> socket.socket:
 
 
 def policy_of(config: EdgeConfig) -> SpeculationPolicy:
+    speculation = config.speculation
+    settings = speculation.model_dump(exclude={"mode", "estimates_file"})
+    if speculation.mode == "auto":
+        settings["draft_length"] = DRAFT_LENGTH_MAX
     return SpeculationPolicy(
-        **config.speculation.model_dump(exclude={"control"}),
+        **settings,
+        mode=MODES[speculation.mode][0],
         resume_attempts=config.cloud.resume_attempts,
         resume_timeout_s=config.cloud.resume_timeout_s,
     )
 
 
-def control_of(config: EdgeConfig) -> Callable[[], DraftLengthController]:
-    """What makes a generation's controller. All learn from each other."""
-    policy = policy_of(config)
-    initial = DraftPlan(policy.draft_length, policy.window)
-    if config.speculation.control == "fixed":
-        return lambda: FixedLength(initial)
-    estimates = LiveEstimates()
-    scheme = Scheme(
-        parallel_draft=policy.parallel_draft,
-        fast_verify=policy.fast_verify,
-        mode=policy.mode,
-        kept_rows=policy.fast_verify,
-    )
-    return lambda: AdaptiveLength(initial, scheme, estimates)
+def control_of(config: EdgeConfig, estimates: Estimates | None = None) -> Control:
+    """The edge's; `estimates` are what is known already."""
+    if config.speculation.mode != "auto":
+        return FixedControl(policy_of(config))
+    return AutoControl(estimates or Estimates(), MODES["auto"])

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from bench.report.tables import Predict
 from bench.results import ConditionResult, Costs, GroupResult, Record, Result
-from bench.scenarios import System
+from bench.scenarios import ADAPTIVE, System
 from bench.systems import configured, network_of, scheme_of
 from picospec.performance import costs as model
 from picospec.performance.simulation import replay_s, simulate
@@ -57,9 +57,9 @@ def predict(
     condition = measured.condition
     if condition.system not in PREDICTED or condition.draft is None:
         return None
-    speculation = configured(condition).speculation
-    if speculation.control != "fixed":
+    if condition.overrides == ADAPTIVE:
         return None  # its draft length is not known beforehand
+    speculation = configured(condition).speculation
     scheme = scheme_of(condition)
     network = replace(network_of(condition, measured.round_trip_ms), **_sizes(measured))
     slowness = group.slowness or {"alone": 1.0}

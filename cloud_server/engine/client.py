@@ -2,7 +2,8 @@
 
 This process holds vLLM's asynchronous core client and nothing else of vLLM's front end: sessions
 are opened, fed and aborted with the core's own ADD and ABORT messages, in order, without replies;
-what the scheduler decides comes back as `Prefilled` and `Verdict`.
+what the scheduler decides comes back as `Prefilled` and `Verdict` (reports.py). The engine sleeps
+while it waits for drafts; this process, which has a clock to wait by, wakes it when they are late.
 """
 
 import asyncio
@@ -16,14 +17,16 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
-from vllm.v1.serial_utils import MsgpackDecoder
 
 from cloud_server.config import EngineConfig
-from cloud_server.engine.envelope import Delivery, VerificationOutputs, wrap
+from cloud_server.engine.envelope import Delivery, EngineReport, Wake, wrap
 from cloud_server.engine.interface import EngineSink, EngineStats, KVCacheSize
 from cloud_server.engine.model import build_vllm_config, kv_cache_size, model_card
+from cloud_server.engine.reports import ReportReceiver
 from picospec.errors import CloudUnavailable, ConfigError, PicoSpecError
 from picospec.protocol.messages import Draft, ModelCard, Open, Verdict
+
+VERDICT_LAG_S = 5.0  # between vLLM's word that a request has ended and our verdict on it
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,9 @@ class VLLMEngine:
         self.kv_cache_size = KVCacheSize(0)
         self._sinks: dict[str, EngineSink] = {}
         self._stats = EngineStats()
-        self._pump: asyncio.Task[None] | None = None
+        self._reports: ReportReceiver | None = None
+        self._pumps: list[asyncio.Task[None]] = []
+        self._alarm: asyncio.TimerHandle | None = None  # to wake the engine
         self._deliveries: list[Delivery] = []  # of this turn of the event loop
         self._sending: asyncio.Task[None] | None = None
         self._dead = False
@@ -49,7 +54,10 @@ class VLLMEngine:
         Raises ConfigError for a configuration that vLLM refuses, PicoSpecError if the engine
         does not come up.
         """
-        vllm_config = await asyncio.to_thread(build_vllm_config, self._config)
+        self._reports = ReportReceiver()
+        vllm_config = await asyncio.to_thread(
+            build_vllm_config, self._config, self._reports.address
+        )
         self._card = await asyncio.to_thread(model_card, self._config, vllm_config)
         try:
             client = await asyncio.to_thread(
@@ -62,8 +70,6 @@ class VLLMEngine:
             raise
         except Exception as error:  # whatever vLLM raises for a failed start
             raise PicoSpecError(f"the engine did not start: {error}") from error
-        # No message has been read so far: the reader starts in the event loop, with this decoder.
-        client.decoder = MsgpackDecoder(VerificationOutputs)
         self._client = client
         self.kv_cache_size = kv_cache_size(vllm_config)
         # vLLM may have shortened the length to what the KV cache holds, but for one block.
@@ -73,7 +79,10 @@ class VLLMEngine:
                 vllm_config.model_config.max_model_len, self.kv_cache_size.num_tokens
             ),
         )
-        self._pump = asyncio.create_task(self._read_outputs(), name="engine-outputs")
+        self._pumps = [
+            asyncio.create_task(self._read_outputs(), name="engine-outputs"),
+            asyncio.create_task(self._read_reports(self._reports), name="engine-reports"),
+        ]
         return self._card
 
     async def open(self, session_key: str, request: Open, sink: EngineSink) -> None:
@@ -116,19 +125,23 @@ class VLLMEngine:
         """
         while self._deliveries and self._client is not None:
             deliveries, self._deliveries = self._deliveries, []
-            request = EngineCoreRequest(
-                request_id="deliveries",
-                prompt_token_ids=[0],  # not looked at; the drafts are in the envelope
-                mm_features=None,
-                sampling_params=VLLMSamplingParams(max_tokens=1, extra_args=wrap(deliveries)),
-                pooling_params=None,
-                arrival_time=0.0,
-                lora_request=None,
-                cache_salt=None,
-                data_parallel_rank=None,
-            )
-            with contextlib.suppress(EngineDeadError):  # `_read_outputs` ends the sessions
-                await self._client.add_request_async(request)
+            await self._tell(deliveries)
+
+    async def _tell(self, message: list[Delivery] | Wake) -> None:
+        """A request that is none: what counts is in its envelope."""
+        request = EngineCoreRequest(
+            request_id="deliveries",
+            prompt_token_ids=[0],  # not looked at
+            mm_features=None,
+            sampling_params=VLLMSamplingParams(max_tokens=1, extra_args=wrap(message)),
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        with contextlib.suppress(EngineDeadError):  # `_read_outputs` ends the sessions
+            await self._alive().add_request_async(request)
 
     async def abort(self, session_key: str) -> None:
         if self._sinks.pop(session_key, None) is None or self._client is None or self._dead:
@@ -153,12 +166,16 @@ class VLLMEngine:
         return self._client is not None and not self._dead
 
     async def shutdown(self) -> None:
-        if self._pump is not None:
-            self._pump.cancel()
-            await asyncio.gather(self._pump, return_exceptions=True)
+        self._set_alarm(0.0)
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
         if self._client is not None:
             await asyncio.to_thread(self._client.shutdown)
             self._client = None
+        if self._reports is not None:
+            self._reports.close()
+            self._reports = None
 
     def _alive(self) -> AsyncMPClient:
         if self._client is None or self._dead:
@@ -166,12 +183,16 @@ class VLLMEngine:
         return self._client
 
     async def _read_outputs(self) -> None:
+        """vLLM's own outputs: they tell when the engine is dead."""
         assert self._client is not None
         try:
             while True:
                 outputs = await self._client.get_output_async()
-                assert isinstance(outputs, VerificationOutputs)
-                self._dispatch(outputs)
+                for output in outputs.outputs:
+                    if output.finish_reason is not None:
+                        asyncio.get_running_loop().call_later(
+                            VERDICT_LAG_S, self._end_without_verdict, output.request_id
+                        )
         except asyncio.CancelledError:
             raise
         except Exception:  # EngineDeadError or a broken socket: no output will come
@@ -181,21 +202,39 @@ class VLLMEngine:
             for sink in sinks.values():
                 sink(CloudUnavailable("the engine died"))
 
-    def _dispatch(self, outputs: VerificationOutputs) -> None:
-        report = outputs.open_report()
-        if report is not None:
-            self._stats = report.stats
-            for session_key, events in report.events.items():
-                sink = self._sinks.get(session_key)
-                if sink is None:
-                    continue
-                for event in events:
-                    if isinstance(event, PicoSpecError) or (
-                        isinstance(event, Verdict) and event.finish_reason is not None
-                    ):
-                        self._sinks.pop(session_key, None)
-                    sink(event)
-        for output in outputs.outputs:
-            if output.finish_reason is not None and output.request_id in self._sinks:
-                sink = self._sinks.pop(output.request_id)
-                sink(PicoSpecError("the engine ended the session without a verdict"))
+    async def _read_reports(self, reports: ReportReceiver) -> None:
+        while True:
+            self._dispatch(await reports.receive())
+
+    def _dispatch(self, report: EngineReport) -> None:
+        self._stats = report.stats
+        self._set_alarm(report.wake_s)
+        for session_key, events in report.events.items():
+            sink = self._sinks.get(session_key)
+            if sink is None:
+                continue
+            for event in events:
+                if isinstance(event, PicoSpecError) or (
+                    isinstance(event, Verdict) and event.finish_reason is not None
+                ):
+                    self._sinks.pop(session_key, None)
+                sink(event)
+
+    def _end_without_verdict(self, session_key: str) -> None:
+        """A session that vLLM has ended by itself."""
+        sink = self._sinks.pop(session_key, None)
+        if sink is not None:
+            sink(PicoSpecError("the engine ended the session without a verdict"))
+
+    def _set_alarm(self, wake_s: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if wake_s:
+            delay_s = max(0.0, wake_s - time.monotonic())
+            loop = asyncio.get_running_loop()
+            self._alarm = loop.call_later(delay_s, self._wake, Wake(wake_s))
+
+    def _wake(self, wake: Wake) -> None:
+        if self.healthy:
+            self._waking = asyncio.create_task(self._tell(wake), name="wake-engine")

@@ -7,7 +7,8 @@ moment it arrives. If it is rejected, the edge knows at once; if it is accepted,
 token's place in the next forward, which is a position shorter.
 
 A row that the next draft will need is computed ahead: a recovered token is forwarded as soon as
-it is there, alone if nothing else has come (the paper's pre-verification).
+it is there, alone if nothing else has come (the paper's pre-verification). Where the cloud takes
+over it draws from the row, and forwards what it has drawn.
 """
 
 from collections.abc import Sequence
@@ -23,10 +24,23 @@ from cloud_server.engine.judging.verification import (
     VerificationParams,
     verify,
 )
-from cloud_server.engine.takeover import TAKEOVERS, NeverTakeOver, Takeover
+from cloud_server.engine.takeover import (
+    TAKEOVERS,
+    DraftFlow,
+    NeverTakeOver,
+    Occasion,
+    Takeover,
+)
 from cloud_server.engine.verdicts import Tally
 from picospec.protocol.draft_queue import DraftQueue, Work
-from picospec.protocol.messages import EMPTY_TOKENS, Open, Verdict, VerificationMode
+from picospec.protocol.messages import (
+    EMPTY_TOKENS,
+    AssistPolicy,
+    Draft,
+    Open,
+    Verdict,
+    VerificationMode,
+)
 
 
 class EngineRequest(Protocol):
@@ -59,6 +73,11 @@ class EngineSession:
     keeps_rows: bool  # whether the worker hands rows out
     resident: bool = False  # holds KV cache: vLLM has scheduled it, and nobody has evicted it
     opened: bool = False  # the edge has been told that the prompt is in
+    flow: DraftFlow = field(default_factory=DraftFlow)
+    chain_is_dead: bool = False
+    told_s: float = 0.0  # when the last verdict was made
+    draft_budget: int | None = None  # most drafts that pay in one step; told with each verdict
+    goes_alone: bool = False  # the running step has no draft of it to judge
     work: Work | None = None  # what the running step was asked to judge
     # Appended by the scheduler (recovered by the edge, or accepted by a row); the worker's copy of
     # the session has not seen them.
@@ -104,11 +123,36 @@ class EngineSession:
 
     @property
     def may_be_taken_over(self) -> bool:
-        return not isinstance(self.takeover, NeverTakeOver)
+        """Whether the cloud may ever decode the next token alone."""
+        return not (isinstance(self.takeover, NeverTakeOver) or self.queue.is_edges_turn)
 
-    def has_step(self, *, engine_idle: bool) -> bool:
-        """Whether the next step can bring the session forward; `engine_idle` as in takeover.py."""
-        return self.has_work or self.takeover.is_due(engine_idle=engine_idle)
+    @property
+    def is_auto(self) -> bool:
+        return self.opening.assist is AssistPolicy.AUTO
+
+    def is_taken_over(self, occasion: Occasion) -> bool:
+        """Whether the coming step may decode without a draft of it."""
+        return self.may_be_taken_over and self.takeover.is_due(occasion)
+
+    def has_step(self, occasion: Occasion) -> bool:
+        return self.has_work or self.is_taken_over(occasion)
+
+    def deliver(self, draft: Draft, arrived_s: float) -> int | None:
+        """Queue a frame; returns the recovered token at its head, to be appended at once."""
+        first_new = self.queue.end
+        recovered = self.queue.add(draft, arrived_s)
+        self._watch_chain(self.request.num_tokens, self.told_s)
+        if not self.chain_is_dead:
+            first_new = max(first_new, draft.base_position + draft.num_forced)
+            if self.queue.end > first_new:
+                self.flow.arrived(first_new, self.queue.end - first_new, arrived_s)
+        return recovered
+
+    def _watch_chain(self, position: int, made_s: float) -> None:
+        """Note when the edge's chain is found to be contradicted by a verdict made at `made_s`."""
+        was_dead, self.chain_is_dead = self.chain_is_dead, self.queue.is_dead
+        if self.chain_is_dead and not was_dead:
+            self.flow.broke(position, made_s)
 
     def is_held(self, step: int) -> bool:
         """Whether it holds KV cache, and step number `step` leaves it out."""
@@ -131,7 +175,7 @@ class EngineSession:
         Every token before it has been forwarded: the row it was judged by came from that.
         """
         self.appended_token_ids.append(token_id)
-        self._extended()
+        self.extended()
         if self.resident:
             self.request.num_computed_tokens = self.request.num_tokens - 1
 
@@ -140,9 +184,29 @@ class EngineSession:
 
         Raises NumericalError.
         """
+        self.tally.arrived_s = work.arrived_s
+        return self._verify_row(
+            draft_token_ids=work.token_ids,
+            draft_probs=work.draft_probs,
+            step=StepKind.PROBE if work.probe else StepKind.DRAFTS,
+            attempt=max(0, work.probe - 1),
+        )
+
+    def draw_from_row(self) -> int:
+        """The cloud's own token for the row's position. Uses the row up. Raises NumericalError."""
+        result = self._verify_row(draft_token_ids=(), draft_probs=(), step=StepKind.FIRST)
+        return result.token_ids[0]
+
+    def _verify_row(
+        self,
+        *,
+        draft_token_ids: Sequence[int],
+        draft_probs: Sequence[float],
+        step: StepKind,
+        attempt: int = 0,
+    ) -> StepResult:
         assert self.row is not None
         row, self.row = self.row, None
-        self.tally.arrived_s = work.arrived_s
         prompt = output = EMPTY_TOKENS
         if self.params.sampling.has_penalties:
             prompt = self.opening.prompt_token_ids
@@ -150,22 +214,24 @@ class EngineSession:
         return verify(
             row,
             self.params,
-            position=work.position,
-            draft_token_ids=work.token_ids,
-            draft_probs=work.draft_probs,
+            position=self.request.num_tokens,
+            draft_token_ids=draft_token_ids,
+            draft_probs=draft_probs,
             prompt_token_ids=prompt,
             output_token_ids=output,
-            step=StepKind.PROBE if work.probe else StepKind.DRAFTS,
-            attempt=max(0, work.probe - 1),
+            step=step,
+            attempt=attempt,
         )
 
-    def told(self, verdict: Verdict) -> None:
-        """`verdict` is on its way: what it commits beyond the forward has no row yet."""
-        if verdict.token_ids and verdict.finish_reason is None:
-            self._extended()
-        self.queue.judged(rejected=verdict.rejection is not None)
+    def told(self, verdict: Verdict, now: float) -> None:
+        """`verdict` is on its way; its tokens are in the request."""
+        rejected = verdict.rejection is not None
+        self.queue.judged(rejected=rejected)
+        self.told_s = now
+        self.flow.judged(verdict.num_draft_tokens, verdict.num_accepted)
+        self._watch_chain(self.request.num_tokens + rejected, now)
 
-    def _extended(self) -> None:
-        """A token was committed beyond what was forwarded."""
+    def extended(self) -> None:
+        """A token was committed beyond what was forwarded: it has no row yet."""
         self.row = None
         self.row_due = self.keeps_rows

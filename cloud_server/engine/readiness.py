@@ -7,6 +7,7 @@ fed, judged by a row, stepped or evicted (scheduler.py). `check` says whether so
 from collections.abc import Iterable, Iterator
 
 from cloud_server.engine.engine_session import EngineSession
+from cloud_server.engine.takeover import Occasion
 
 HELD = 1 << 62  # the number of a step that never comes
 
@@ -40,16 +41,20 @@ class ReadySessions:
         """Whether no session's edge waits for a judgement or a prefill."""
         return not any(session.edge_waits for session in self._working)
 
-    def with_step(self, *, engine_idle: bool) -> Iterator[EngineSession]:
-        """Those that the next step can bring forward; `engine_idle` as in takeover.py."""
+    @property
+    def on_call(self) -> list[EngineSession]:
+        return list(self._on_call)
+
+    def with_step(self, occasion: Occasion) -> Iterator[EngineSession]:
+        """Those that the next step can bring forward."""
         yield from self._working
         for session in self._on_call:
-            if session.takeover.is_due(engine_idle=engine_idle):
+            if session.takeover.is_due(occasion):
                 yield session
 
-    def has_step(self, session: EngineSession, *, engine_idle: bool) -> bool:
+    def has_step(self, session: EngineSession, occasion: Occasion) -> bool:
         return session in self._working or (
-            session in self._on_call and session.takeover.is_due(engine_idle=engine_idle)
+            session in self._on_call and session.takeover.is_due(occasion)
         )
 
     def resident(self) -> list[EngineSession]:

@@ -5,7 +5,7 @@ A session is one vLLM request for the whole generation. What changes its state:
   - `schedule` judges by kept rows (engine_session.py), has the step composed (step_plan.py) and
     evicts held sessions where others lack memory (residency.py);
   - `update_from_output` lets vLLM commit what was accepted and reports a Verdict (verdicts.py).
-Nothing else may. When the cloud decodes without a draft: takeover.py.
+Nothing else may. When the cloud decodes without a draft, and how long it waits: takeover.py.
 """
 
 import time
@@ -22,21 +22,27 @@ from vllm.v1.request import Request, RequestStatus
 
 from cloud_server.engine.engine_session import EngineSession
 from cloud_server.engine.envelope import (
+    MIN_STEP_TOKENS,
+    REPORT_ADDRESS,
     Delivery,
     EngineReport,
     StepOutcome,
-    VerificationOutputs,
+    Wake,
     unwrap,
 )
 from cloud_server.engine.interface import EngineEvent, EngineStats, Prefilled
 from cloud_server.engine.judging.verification import StepResult
 from cloud_server.engine.readiness import ReadySessions
+from cloud_server.engine.reports import ReportSender
 from cloud_server.engine.residency import Residency
+from cloud_server.engine.step_costs import StepCosts
+from cloud_server.engine.step_padding import at_least, fastest
 from cloud_server.engine.step_plan import StepPlan, StepPlanner, VerificationStep
+from cloud_server.engine.takeover import DraftWait, Occasion, Tempo
 from picospec.errors import NumericalError
 from picospec.protocol.messages import FinishReason, Rejection
 
-_CLIENT = 0  # the gRPC process is the engine's only client
+TEMPO_GAP_MAX_S = 0.5  # between two steps of the same sessions; a longer pause was idleness
 _FINISH_REASONS = {
     VLLMFinishReason.STOP: FinishReason.STOP,
     VLLMFinishReason.LENGTH: FinishReason.LENGTH,
@@ -64,10 +70,14 @@ class VerificationScheduler(Scheduler):
         self._may_keep_rows = self.vllm_config.parallel_config.world_size == 1
         self._sessions: dict[str, EngineSession] = {}
         self._ready = ReadySessions()  # of them
-        self._events: dict[str, list[EngineEvent]] = {}  # to send with the next outputs
-        self._flushed = False  # the last step was empty, for the sake of the events
-        self._step_started_s = 0.0
-        self._step_idle = True  # before the step was composed
+        additional: Any = self.vllm_config.additional_config
+        self._min_step_tokens = additional[MIN_STEP_TOKENS]
+        self._reports = ReportSender(additional[REPORT_ADDRESS])
+        self._events: dict[str, list[EngineEvent]] = {}  # to send with the next report
+        self._wait = DraftWait()
+        self._tempo = Tempo()
+        self._step_started_s = self._step_ended_s = 0.0
+        self._occasion = Occasion(engine_idle=True, awaits_drafts=False)  # of the last step
         self._totals: Counter[str] = Counter()
         self._spent_s: defaultdict[str, float] = defaultdict(float)
 
@@ -76,9 +86,14 @@ class VerificationScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
         value = unwrap(params.extra_args if params is not None else None)
+        if isinstance(value, Wake):
+            if self._wait.until_s <= value.until_s:
+                self._wait.expired()
+            return
         if isinstance(value, list):
             for delivery in value:
                 self._deliver(delivery)
+            self._report()
             return
         super().add_request(request)
         if value is not None:
@@ -96,12 +111,15 @@ class VerificationScheduler(Scheduler):
         if session is None:
             return  # finished or aborted meanwhile
         stale = session.queue.stale_tokens
-        recovered = session.queue.add(delivery.draft, delivery.arrived_s)
+        recovered = session.deliver(delivery.draft, delivery.arrived_s)
         self._totals["stale"] += session.queue.stale_tokens - stale
         if recovered is not None:
             reason = self._append(session, recovered)
             if reason is not None:
                 self._tell(session, finish_reason=reason)
+                return
+        if session.row is not None:
+            self._judge_by_row(session)
         self._changed(session)
 
     def _append(self, session: EngineSession, token_id: int) -> FinishReason | None:
@@ -125,22 +143,34 @@ class VerificationScheduler(Scheduler):
         session: EngineSession,
         *,
         num_drafts: int = 0,
+        token_ids: tuple[int, ...] = (),
         rejection: Rejection | None = None,
         finish_reason: FinishReason | None = None,
     ) -> None:
-        """Emit a verdict that no forward belongs to."""
+        """Emit a verdict that no forward belongs to; `token_ids` are in the request."""
+        now = time.monotonic()
         verdict = session.tally.verdict(
             epoch=session.queue.epoch,
-            position=session.request.num_tokens,
-            step_started_s=self._step_started_s,
+            position=session.request.num_tokens - len(token_ids),
+            step_started_s=now,
             num_drafts=num_drafts,
+            token_ids=token_ids,
             rejection=rejection,
             finish_reason=finish_reason,
+            draft_budget=session.draft_budget or 0,
         )
+        session.told(verdict, now)
         self._emit(session, verdict)
 
     def _emit(self, session: EngineSession, *events: EngineEvent) -> None:
         self._events.setdefault(session.request.request_id, []).extend(events)
+
+    def _report(self) -> None:
+        """Send what has happened, if anything has, and when to wake the engine."""
+        until_s = self._wait.until_s
+        if self._events or until_s:
+            events, self._events = self._events, {}
+            self._reports.send(EngineReport(events, self._stats(), until_s))
 
     def _fail(self, session: EngineSession, error: NumericalError) -> None:
         self.finish_requests(session.request.request_id, RequestStatus.FINISHED_ERROR)
@@ -170,17 +200,23 @@ class VerificationScheduler(Scheduler):
         if session.request.request_id in self._sessions:
             self._ready.note(session)
 
+    def _next_occasion(self) -> Occasion:
+        idle = self._ready.engine_idle
+        return Occasion(idle, awaits_drafts=idle and time.monotonic() < self._wait.until_s)
+
     def has_unfinished_requests(self) -> bool:
         """Held sessions are left out: the engine sleeps while there are only those.
 
         Asked several times per step, so the first session that has a step answers. One that waits
         for an idle engine counts: there is an idle step for it, or another's step now.
         """
-        if self._events or not super().has_unfinished_requests():
-            return bool(self._events)
-        return len(self.requests) > len(self._sessions) or any(
-            True for _ in self._ready.with_step(engine_idle=True)
-        )
+        if not super().has_unfinished_requests():
+            return False
+        if len(self.requests) > len(self._sessions):
+            return True
+        awaits_drafts = time.monotonic() < self._wait.until_s
+        occasion = Occasion(engine_idle=True, awaits_drafts=awaits_drafts)
+        return any(True for _ in self._ready.with_step(occasion))
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """An evicted session stays out until its edge gives it something to do."""
@@ -188,26 +224,23 @@ class VerificationScheduler(Scheduler):
 
     def _stays_out(self, request: Request) -> bool:
         session = self._sessions.get(request.request_id)
-        return session is not None and not self._ready.has_step(
-            session, engine_idle=self._step_idle
-        )
+        return session is not None and not self._ready.has_step(session, self._occasion)
 
     # -- schedule ----------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._step_started_s = time.monotonic()
-        for session in self._ready.working:
-            if session.row is not None:
-                self._judge_by_row(session)
-                self._changed(session)
-        if self._events and not self._flushed:
-            return self._empty_step()
-        self._flushed = False
-        self._step_idle = self._ready.engine_idle
+        self._occasion = occasion = self._next_occasion()
+        if not occasion.awaits_drafts:
+            if 0.0 < self._wait.until_s <= self._step_started_s:
+                self._wait.expired()
+            self._wait.clear()
+        self._use_rows(occasion)
+        self._report()
         self._planner.compose(
             self._ready.resident(),
             current_step=self.current_step,
-            engine_idle=self._step_idle,
+            occasion=occasion,
             admitting=bool(self.waiting),
         )
         self._make_room()
@@ -225,13 +258,6 @@ class VerificationScheduler(Scheduler):
         found = map(self._sessions.get, request_ids)
         return [session for session in found if session is not None]
 
-    def _empty_step(self) -> SchedulerOutput:
-        """A step without a forward, so that what is decided does not wait for one."""
-        self._flushed = True
-        output = SchedulerOutput.make_empty()
-        output.picospec = VerificationStep()  # type: ignore[attr-defined]
-        return output
-
     def _judge_by_row(self, session: EngineSession) -> None:
         """Judge the draft or answer the probe that has arrived at the row's position, if one has.
 
@@ -246,7 +272,6 @@ class VerificationScheduler(Scheduler):
             self._fail(session, error)
             return
         if result.rejection is not None:
-            session.queue.judged(rejected=True)
             self._tell(session, num_drafts=len(work.token_ids), rejection=result.rejection)
             return
         reason = self._append(session, work.token_ids[0])
@@ -254,6 +279,27 @@ class VerificationScheduler(Scheduler):
         session.tally.num_by_row += 1
         if reason is not None:
             self._tell(session, finish_reason=reason)
+
+    def _use_rows(self, occasion: Occasion) -> None:
+        """Judge by rows what has come during the last step, or draw from them."""
+        for session in list(self._ready.with_step(occasion)):
+            if session.row is None:
+                continue
+            if session.queue.has_work:
+                self._judge_by_row(session)
+            elif session.is_taken_over(occasion):
+                self._draw_from_row(session)
+            self._changed(session)
+
+    def _draw_from_row(self, session: EngineSession) -> None:
+        """The cloud's own token, before a forward; it is forwarded next."""
+        try:
+            token_id = session.draw_from_row()
+        except NumericalError as error:
+            self._fail(session, error)
+            return
+        reason = self._append(session, token_id)
+        self._tell(session, token_ids=(token_id,), finish_reason=reason)
 
     def _make_room(self) -> None:
         """Evict what the coming step needs, where there is somebody to evict."""
@@ -282,8 +328,14 @@ class VerificationScheduler(Scheduler):
         outcome: StepOutcome = getattr(model_runner_output, "picospec", StepOutcome())
         # A session that stops is gone from `_sessions` before its last verdict is made.
         stepped = self._sessions_of(scheduler_output.num_scheduled_tokens)
-        if outcome.padding is not None:
-            self._planner.padding = outcome.padding
+        was_prefill = any(not each.opened or each.request.is_prefill_chunk for each in stepped)
+        if outcome.step_s is not None:
+            self._planner.costs = StepCosts(outcome.step_s)
+            self._planner.padding = (
+                at_least(self._min_step_tokens)
+                if self._min_step_tokens
+                else fastest(outcome.step_s)
+            )
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         emitted = {
             output.request_id: output for group in outputs.values() for output in group.outputs
@@ -301,18 +353,57 @@ class VerificationScheduler(Scheduler):
                 self._fail(session, result)
             elif result is not None:
                 plan = step.plans[request_id]
-                self._conclude(session, plan, result, emitted.get(request_id), compute_us)
+                self._conclude(
+                    session,
+                    plan,
+                    result,
+                    emitted.get(request_id),
+                    compute_us=compute_us,
+                    batch_size=len(stepped),
+                )
             self._changed(session)
         if stepped:
-            self._totals["steps"] += 1
-            self._spent_s["step"] += time.monotonic() - self._step_started_s
-            self._spent_s["forward"] += outcome.forward_s
-            self._spent_s["sampling"] += outcome.sampling_s
-        events, self._events = self._events, {}
-        outputs[_CLIENT] = VerificationOutputs.of(
-            outputs.get(_CLIENT, EngineCoreOutputs()), EngineReport(events, self._stats())
+            num_tokens = sum(len(output.new_token_ids) for output in emitted.values())
+            self._account(scheduler_output, outcome, 0 if was_prefill else num_tokens)
+        self._plan_wait()
+        self._report()
+        # vLLM's own outputs tell the gRPC process of nothing but ends that nobody else reports.
+        return {
+            client: group
+            for client, group in outputs.items()
+            if any(output.finish_reason is not None for output in group.outputs)
+        }
+
+    def _account(self, scheduled: SchedulerOutput, outcome: StepOutcome, num_tokens: int) -> None:
+        """Note what the step took; `num_tokens` are what it decoded, 0 for a prefill."""
+        now = time.monotonic()
+        step_s = now - self._step_started_s
+        self._totals["steps"] += 1
+        self._spent_s["step"] += step_s
+        self._spent_s["forward"] += outcome.forward_s
+        self._spent_s["sampling"] += outcome.sampling_s
+        before_s, self._step_ended_s = self._step_ended_s, now
+        if not num_tokens:
+            return
+        self._planner.costs.observe(scheduled.total_num_scheduled_tokens, step_s)
+        if now - before_s < TEMPO_GAP_MAX_S:
+            self._tempo.add(num_tokens, now - before_s)
+
+    def _plan_wait(self) -> None:
+        """Decide whether the engine waits for drafts, if nobody has other work for it."""
+        if self._ready.working:
+            return
+        waiting = [session for session in self._ready.on_call if session.is_auto]
+        if not waiting:
+            return
+        costs = self._planner.costs
+        step_s = costs.seconds(len(waiting))
+        self._wait.decide(
+            [(session.flow, session.request.num_tokens) for session in waiting],
+            rate=max(self._tempo.per_second, len(waiting) / step_s),
+            draft_s=costs.seconds(len(waiting) + 1) - step_s,
+            now=time.monotonic(),
         )
-        return outputs
 
     def _conclude(
         self,
@@ -320,7 +411,9 @@ class VerificationScheduler(Scheduler):
         plan: StepPlan,
         result: StepResult,
         output: EngineCoreOutput | None,
+        *,
         compute_us: int,
+        batch_size: int,
     ) -> None:
         """Emit the session's verdict on the step, if there is something to tell."""
         work, session.work = session.work, None
@@ -336,10 +429,14 @@ class VerificationScheduler(Scheduler):
             finish_reason=_FINISH_REASONS.get(finished) if finished is not None else None,
             step_started_s=self._step_started_s,
             compute_us=compute_us,
+            batch_size=batch_size,
+            draft_budget=session.draft_budget or 0,
         )
         if verdict is None:
             return
-        session.told(verdict)
+        if verdict.token_ids and verdict.finish_reason is None:
+            session.extended()
+        session.told(verdict, time.monotonic())
         if not session.opened:
             session.opened = True
             # vLLM hands the statistics out with the first token; a probe has none.
@@ -352,7 +449,7 @@ class VerificationScheduler(Scheduler):
         self._emit(session, verdict)
 
     def _stats(self) -> EngineStats:
-        busy = list(self._ready.with_step(engine_idle=self._ready.engine_idle))
+        busy = list(self._ready.with_step(self._occasion))
         num_running = sum(session.resident for session in busy)
         return EngineStats(
             running_sessions=num_running,

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 
 from cloud_server.engine.engine_session import EngineRequest, EngineSession
 from cloud_server.engine.judging.verification import StepKind
+from cloud_server.engine.step_costs import StepCosts, best_drafts, hopeful
 from cloud_server.engine.step_padding import Padding
+from cloud_server.engine.takeover import Occasion
+
+BUDGET_STEPS = 16  # for which what pays in one step stays as it is, if the batch does
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,39 +48,78 @@ class StepPlanner:
     def __init__(self, *, max_draft_tokens: int, max_model_len: int) -> None:
         self._max_draft_tokens = max_draft_tokens
         self._max_model_len = max_model_len
-        self.padding: Padding = {}  # the worker tells with its first step
+        self.padding: Padding = {}  # the worker tells with its first step, and ...
+        self.costs = StepCosts()  # ... what steps take
+        self._budgeted = (0, 0)  # the batch's size and the step when budgets were made
 
     def compose(
         self,
         resident: Iterable[EngineSession],
         *,
         current_step: int,
-        engine_idle: bool,
+        occasion: Occasion,
         admitting: bool,
     ) -> list[EngineSession]:
         """Give resident sessions their drafts for step `current_step + 1`; returns those held.
 
         With `admitting`, waiting requests may join: the step's length is open, so nothing is
-        padded. `engine_idle` as in takeover.py.
+        padded.
         """
         held, joining = [], []
         for session in resident:
             session.work = None
+            session.goes_alone = False
             session.request.spec_token_ids = []
             session.request.next_decode_eligible_step = 0
             if session.prefilling:
                 joining.append(session)
-            elif session.has_step(engine_idle=engine_idle):
+            elif session.has_step(occasion):
                 joining.append(session)
-                session.work = session.queue.take(self._room(session.request))
-                if session.work is not None:
-                    session.request.spec_token_ids = list(session.work.token_ids)
+                session.goes_alone = not session.edge_waits
             else:
                 held.append(session)
                 session.request.next_decode_eligible_step = current_step + 2  # skip the coming one
+        self._take_drafts(joining, current_step)
         if self.padding and joining and not admitting:
             self._pad(joining)
         return held
+
+    def _take_drafts(self, joining: list[EngineSession], current_step: int) -> None:
+        """What each session has to judge; of those whose policy is `auto`, what pays."""
+        working = [session for session in joining if not session.prefilling]
+        auto = [session for session in working if session.is_auto]
+        rooms = {
+            id(session): min(self._room(session.request), session.queue.num_ready)
+            for session in auto
+        }
+        available = [(session.flow.acceptance, rooms[id(session)]) for session in auto]
+        if any(count for _, count in available):
+            for session, count in zip(
+                auto, best_drafts(self.costs, len(joining), available), strict=True
+            ):
+                rooms[id(session)] = count
+        for session in working:
+            room = rooms.get(id(session), self._room(session.request))
+            session.work = session.queue.take(room)
+            if session.work is not None:
+                session.request.spec_token_ids = list(session.work.token_ids)
+        if auto:
+            self._tell_budgets(auto, len(joining), current_step)
+
+    def _tell_budgets(self, auto: list[EngineSession], num_joining: int, current_step: int) -> None:
+        """How many drafts of each session would pay in one step, had it any number of them."""
+        batch_size, since = self._budgeted
+        is_recent = batch_size == num_joining and current_step - since < BUDGET_STEPS
+        if is_recent and all(session.draft_budget is not None for session in auto):
+            return
+        self._budgeted = num_joining, current_step
+        wanted = [
+            (session.flow.acceptance, hopeful(session.flow.acceptance, self._max_draft_tokens))
+            for session in auto
+        ]
+        budgets = best_drafts(self.costs, num_joining, wanted)
+        for session, budget in zip(auto, budgets, strict=True):
+            session.draft_budget = budget
 
     def describe(
         self, scheduled: Iterable[EngineSession], drafts: Mapping[str, Sequence[int]]
@@ -150,4 +193,6 @@ class StepPlanner:
             return StepPlan(StepKind.FIRST, position)
         if session.keeps_rows:
             return StepPlan(StepKind.DRAFTS, position, keep_row=True)
+        if session.goes_alone:
+            return StepPlan(StepKind.FIRST, position)
         return None  # an evicted session is back; its drafts are judged in the next step

@@ -27,6 +27,8 @@ class Tally:
         rejection: Rejection | None = None,
         finish_reason: FinishReason | None = None,
         compute_us: int = 0,
+        batch_size: int = 0,
+        draft_budget: int = 0,
     ) -> Verdict:
         """The verdict on `num_drafts` drafts from `position` on and on what a row accepted before.
 
@@ -54,6 +56,8 @@ class Tally:
             queue_us=max(0, int(queue_s * 1e6)),
             compute_us=compute_us,
             num_forwards=self.num_forwards,
+            batch_size=batch_size,
+            draft_budget=draft_budget,
         )
         self.num_by_row = self.num_forwards = 0
         return verdict
@@ -69,6 +73,8 @@ class Tally:
         finish_reason: FinishReason | None,
         step_started_s: float,
         compute_us: int,
+        batch_size: int = 0,
+        draft_budget: int = 0,
     ) -> Verdict | None:
         """The verdict on a step that decided `result`; None if there is nothing to tell.
 
@@ -98,4 +104,6 @@ class Tally:
             rejection=rejection,
             finish_reason=finish_reason,
             compute_us=compute_us,
+            batch_size=batch_size,
+            draft_budget=draft_budget,
         )

@@ -19,10 +19,9 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 
-from cloud_server.engine import step_padding
-from cloud_server.engine.envelope import MIN_STEP_TOKENS, StepOutcome, unwrap
+from cloud_server.engine import step_costs
+from cloud_server.engine.envelope import StepOutcome, unwrap
 from cloud_server.engine.judging.verification import VerificationParams, verify
-from cloud_server.engine.step_padding import Padding
 from cloud_server.engine.step_plan import StepPlan, VerificationStep
 from picospec.errors import NumericalError
 from picospec.protocol.messages import EMPTY_TOKENS, Open, TokenArray
@@ -54,7 +53,7 @@ class VerificationRunner:
         self._drafts: dict[str, list[int]] = {}
         self._outcome = StepOutcome()
         self._forward_started_s = 0.0
-        self.padding: Padding | None = None  # to be told with the next outcome
+        self.step_s: dict[int, float] | None = None  # to be told with the next outcome
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         self._step = getattr(scheduler_output, "picospec", None) or VerificationStep()
@@ -101,8 +100,8 @@ class VerificationRunner:
         order of the batch.
         """
         started_s = time.perf_counter()
-        padding, self.padding = self.padding, None
-        self._outcome = StepOutcome(padding=padding, forward_s=started_s - self._forward_started_s)
+        step_s, self.step_s = self.step_s, None
+        self._outcome = StepOutcome(step_s=step_s, forward_s=started_s - self._forward_started_s)
         request_ids = self.input_batch.req_ids
         num_drafts = (
             spec_decode_metadata.num_draft_tokens
@@ -205,17 +204,13 @@ class VerificationWorker(_Worker):
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         runner: Any = self.model_runner
-        additional: Any = self.vllm_config.additional_config
-        min_tokens = additional[MIN_STEP_TOKENS]
-        if min_tokens:
-            runner.padding = step_padding.at_least(min_tokens)
-        elif current_platform.is_cpu():
-            measured_s = step_padding.measure(self._forward)
-            runner.padding = step_padding.fastest(measured_s)
+        if current_platform.is_cpu():
+            longest = min(step_costs.MEASURED_TOKENS[-1], runner.max_num_tokens)
+            counts = [count for count in step_costs.MEASURED_TOKENS if count <= longest]
+            runner.step_s = step_costs.measure(self._forward, counts)
             logger.info(
-                "forwards of 1, 2 ... tokens take %s ms: padding %s",
-                {count: round(1e3 * each, 2) for count, each in measured_s.items()},
-                runner.padding,
+                "forwards by their tokens take, in ms: %s",
+                {count: round(1e3 * each, 2) for count, each in runner.step_s.items()},
             )
         return times
 

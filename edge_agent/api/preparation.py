@@ -33,6 +33,7 @@ async def prepare(
         sampling=sampling,
         max_tokens=_max_tokens(body, param, len(prompt_token_ids), card),
         stop_token_ids=stop_token_ids,
+        seeded="seed" in body.model_fields_set,
     )
 
 

@@ -1,8 +1,9 @@
 """The event loop's handle on one context, and its memory of it.
 
-`DraftContext` mirrors what the worker has told: the text (committed and drafted), branch,
-limit, whether it is blocked, and the recovery that is under way. The mirror is all that is needed
-to rebuild the context in a new worker, exactly where the events left off.
+`DraftContext` mirrors what the worker has told: the text (committed and drafted), branch, limit and
+whether it is blocked. The mirror is all that is needed to rebuild the context in a new worker,
+exactly where the events left off. While the drafter is stopped (its limit is at the text's end),
+rollbacks only change the mirror; the next limit is told with all of them in one.
 """
 
 import dataclasses
@@ -24,9 +25,6 @@ from picospec.protocol.drafting import (
     DrafterCommand,
     Exhausted,
     Paused,
-    ProbeNeeded,
-    Recover,
-    Recovered,
     Rollback,
 )
 
@@ -37,12 +35,18 @@ ToWorker = Callable[[int, Command], None]  # context id, command; must not block
 class DraftContext:
     """Commands one context. Nothing here blocks; effects arrive as events.
 
-    Events of a branch that is over are not delivered: once `send` was given a Rollback or a
-    Recover, only events of its branch are.
+    Events of a branch that is over are not delivered: once `send` was given a Rollback, only events
+    of its branch are.
     """
 
     def __init__(
-        self, context_id: int, spec: ContextSpec, on_event: OnEvent, to_worker: ToWorker
+        self,
+        context_id: int,
+        spec: ContextSpec,
+        on_event: OnEvent,
+        to_worker: ToWorker,
+        *,
+        branch: int = 0,
     ) -> None:
         self.context_id = context_id
         self.closed = False
@@ -50,12 +54,12 @@ class DraftContext:
         self._on_event = on_event
         self._to_worker = to_worker
         self._text = SpeculativeTokens(spec.token_ids)
-        self._branch = 0
+        self._branch = branch
         self._limit = 0
         self._blocked = False
         self._paused = False
-        self._recover: Recover | None = None
-        self._command(OpenContext(spec, len(self._text)))
+        self._untold: int | None = None  # the shortest length rolled back to, not told yet
+        self._command(OpenContext(spec, len(self._text), branch))
 
     def send(self, command: DrafterCommand) -> None:
         """Have the worker follow `command`, unless it would change nothing.
@@ -67,12 +71,24 @@ class DraftContext:
                 if limit == self._limit and not self._paused:
                     return
                 self._limit, self._paused = limit, False
+                if self._untold is not None and limit > len(self._text):
+                    self._tell_rollbacks(self._untold)
             case Rollback(branch, length, token_ids):
-                self._restart(branch, length, token_ids)
-            case Recover(branch, position):
-                self._restart(branch, position)
-                self._recover = command
+                self._text.rollback(length, token_ids)
+                self._branch = branch
+                self._blocked = self._paused = False
+                untold = length if self._untold is None else min(length, self._untold)
+                if self._limit <= len(self._text):
+                    self._untold = untold
+                else:
+                    self._tell_rollbacks(untold)
+                return
         self._command(command)
+
+    def _tell_rollbacks(self, length: int) -> None:
+        self._untold = None
+        token_ids = self._text.token_ids[length : self._text.num_committed].tolist()
+        self._command(Rollback(self._branch, length, tuple(token_ids)))
 
     def close(self) -> None:
         """Free the context. Idempotent; no event follows."""
@@ -84,6 +100,7 @@ class DraftContext:
 
     def rebuild(self) -> list[Command]:
         """The commands that make a fresh worker's context equal to the mirror."""
+        self._untold = None
         opened = OpenContext(
             dataclasses.replace(self._spec, token_ids=self._text.token_ids.copy()),
             self._text.num_committed,
@@ -91,7 +108,7 @@ class DraftContext:
             self._limit,
             self._blocked,
         )
-        return [opened] if self._recover is None else [opened, self._recover]
+        return [opened]
 
     def deliver(self, event: DraftEvent) -> None:
         """Record an event of the worker and hand it on, unless it is out of date."""
@@ -108,17 +125,7 @@ class DraftContext:
             self._blocked = True
         elif isinstance(event, Paused):
             self._paused = True
-        elif isinstance(event, ProbeNeeded):
-            self._recover, self._blocked = None, True
-        elif isinstance(event, Recovered):
-            self._recover = None
-            self._text.rollback(event.position, (event.token_id,))
         self._on_event(event)
-
-    def _restart(self, branch: int, length: int, token_ids: tuple[int, ...] = ()) -> None:
-        self._text.rollback(length, token_ids)
-        self._branch, self._recover = branch, None
-        self._blocked = self._paused = False
 
     def _command(self, command: Command) -> None:
         if not self.closed:
@@ -131,7 +138,8 @@ class Drafting(Protocol):
     restarts: int  # of the worker, since start
     logits_width: int  # of the drafter; 0: any. Known after start
     drafted_tokens: int  # since start, rolled back ones included
-    drafting_s: float  # time the drafter computed, since start
+    timed_tokens: int  # of those, that tell the drafter's pace: nothing else was computed
+    drafting_s: float  # what they took
 
     @property
     def pid(self) -> int | None:
@@ -150,8 +158,8 @@ class Drafting(Protocol):
     async def stop(self) -> None:
         """End the worker; open contexts get no more events. Idempotent."""
 
-    def open(self, spec: ContextSpec, on_event: OnEvent) -> DraftContext:
-        """A context for spec.token_ids, at branch 0, with nothing allowed yet.
+    def open(self, spec: ContextSpec, on_event: OnEvent, *, branch: int = 0) -> DraftContext:
+        """A context for spec.token_ids, all of them committed, with nothing allowed yet.
 
         Raises CapacityError when all contexts are taken, DrafterFailed when there is no drafter.
         """

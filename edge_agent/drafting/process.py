@@ -65,6 +65,7 @@ class DraftingProcess:
         self.restarts = 0
         self.logits_width = 0
         self.drafted_tokens = 0
+        self.timed_tokens = 0
         self.drafting_s = 0.0
         self._spec = spec
         self._max_contexts = max_contexts
@@ -110,13 +111,13 @@ class DraftingProcess:
         if worker is not None:
             await worker.end()
 
-    def open(self, spec: ContextSpec, on_event: OnEvent) -> DraftContext:
+    def open(self, spec: ContextSpec, on_event: OnEvent, *, branch: int = 0) -> DraftContext:
         if self._supervisor is None or self._given_up:
             raise DrafterFailed("the drafter is not running")
         if len(self._contexts) >= self._max_contexts:
             raise CapacityError(f"all {self._max_contexts} drafting contexts are in use")
         self._opened += 1
-        context = DraftContext(self._opened, spec, on_event, self._send)
+        context = DraftContext(self._opened, spec, on_event, self._send, branch=branch)
         self._contexts[context.context_id] = context
         return context
 
@@ -127,10 +128,12 @@ class DraftingProcess:
             self._worker.send((context_id, command))
 
     def _receive(self, message: Any) -> None:
-        context_id, event, busy_s = message
-        self.drafting_s += busy_s
+        context_id, event, drafting_s = message
         if isinstance(event, Drafted):
             self.drafted_tokens += len(event.token_ids)
+            if drafting_s:
+                self.timed_tokens += len(event.token_ids)
+                self.drafting_s += drafting_s
         context = self._contexts.get(context_id)
         if context is not None:
             context.deliver(event)

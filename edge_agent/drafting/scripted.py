@@ -110,6 +110,7 @@ class ScriptedDrafting:
         self.restarts = 0
         self.pid: int | None = None
         self.drafted_tokens = 0
+        self.timed_tokens = 0
         self.drafting_s = 0.0
         self._worker = DraftWorker(self.drafter, self._emit)
         self.contexts: dict[int, DraftContext] = {}
@@ -130,11 +131,11 @@ class ScriptedDrafting:
         if self._turn is not None:
             self._turn.cancel()
 
-    def open(self, spec: ContextSpec, on_event: OnEvent) -> DraftContext:
+    def open(self, spec: ContextSpec, on_event: OnEvent, *, branch: int = 0) -> DraftContext:
         if self.open_contexts >= self._max_contexts:
             raise CapacityError("the drafter has no context free")
         self._opened += 1
-        context = DraftContext(self._opened, spec, on_event, self._send)
+        context = DraftContext(self._opened, spec, on_event, self._send, branch=branch)
         self.contexts[context.context_id] = context
         return context
 

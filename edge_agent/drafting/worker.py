@@ -4,20 +4,19 @@
 one context. Its rules:
 1. Contexts take turns; a turn is one token or one prefill chunk.
 2. A context drafts at the end of its text while that is below `limit` and it is not `blocked`.
-   It is blocked when nothing can be proposed, after a drafted stop token, and while it waits for a
-   probe's answer; a rollback or recovery, which changes the text, ends that. It pauses after a
-   draft that is likely to be rejected; Allow ends that, too.
-3. What is drawn is a function of (text, seed, position). So a rebuilt context continues as
-   the lost one would have.
-4. Split mode: the law a draft was drawn from is kept until the text before it changes, for
-   the Rejection Sampler. A law that is gone is computed again.
+   It is blocked when nothing can be proposed and after a drafted stop token; a rollback, which
+   changes the text, ends that. It pauses after a draft that is likely to be rejected; Allow ends
+   that, too.
+3. What is drawn is a function of the proposed law, the seed and the position. Split mode: the law
+   goes out with the draft, truncated to what is worth sending; the draft is drawn from it as it is.
 
 `run` in worker_main.py joins it to a pipe.
 """
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from edge_agent.drafting.drafter import Drafter, DrafterContext
 from edge_agent.drafting.messages import (
@@ -28,24 +27,16 @@ from edge_agent.drafting.messages import (
     DraftEvent,
     OpenContext,
 )
-from edge_agent.drafting.rejection import RejectionSampler
 from picospec.errors import DrafterFailed
-from picospec.protocol.drafting import (
-    Allow,
-    Drafted,
-    Exhausted,
-    Paused,
-    ProbeNeeded,
-    Recover,
-    Recovered,
-    Rollback,
-)
-from picospec.protocol.messages import VerificationMode
-from picospec.sampling.distribution import Distribution, draw
+from picospec.protocol.drafting import Allow, Drafted, Exhausted, Paused, Rollback
+from picospec.protocol.messages import SamplingParams, VerificationMode
+from picospec.sampling.distribution import GREEDY_TEMPERATURE, Distribution, draw
 from picospec.sampling.noise import Purpose
 
-# Laws kept for one context; a wide one has a megabyte. At least the usual window.
-MAX_LAWS = 64
+# What a proposed law keeps: tokens this probable relative to the best, and this many. A law of all
+# ids has a megabyte; what is cut off is hardly ever drawn, and drawing from the rest is faster.
+PROPOSAL_MIN_P = 1e-4
+PROPOSAL_TOKENS_MAX = 1024
 
 Emit = Callable[[int, DraftEvent], None]  # context id, event
 
@@ -60,33 +51,11 @@ class _Context:
     limit: int
     blocked: bool
     paused: bool = False
-    recover: Recover | None = None
-    laws: dict[int, Distribution | None] = field(default_factory=dict)  # by position, ascending
+    is_cold: bool = True  # the last turn was no draft: the next one has to catch up
 
     @property
     def runnable(self) -> bool:
-        if self.recover is not None:
-            return True
         return not (self.blocked or self.paused) and len(self.text) < self.limit
-
-    def law(self) -> Distribution | None:
-        """The drafter's law of the next token, kept or computed now."""
-        position = len(self.text)
-        if position not in self.laws:
-            law = self.text.propose()
-            if self.spec.mode is VerificationMode.COUPLED:
-                return law  # equal or not equal: nobody asks for Q
-            self.laws[position] = law
-            if len(self.laws) > MAX_LAWS:
-                del self.laws[min(self.laws)]
-        return self.laws[position]
-
-    def rollback(self, branch: int, length: int, token_ids: tuple[int, ...] = ()) -> None:
-        kept = self.text.rollback(length, token_ids)
-        self.laws = {position: law for position, law in self.laws.items() if position <= kept}
-        self.branch = branch
-        self.blocked = self.paused = False
-        self.recover = None
 
 
 class DraftWorker:
@@ -96,6 +65,7 @@ class DraftWorker:
         self._drafter = drafter
         self._emit = emit
         self.contexts: dict[int, _Context] = {}
+        self.shows_pace = False  # the last turn drafted, with nothing to compute before it
         self._turns: deque[int] = deque()  # the ids of _contexts; the next in turn is first
 
     @property
@@ -122,9 +92,10 @@ class DraftWorker:
                 return
 
     def _open(self, context_id: int, command: OpenContext) -> None:
-        text = self._drafter.open(command.spec, command.num_committed)
+        spec = dataclasses.replace(command.spec, sampling=proposal(command.spec.sampling))
+        text = self._drafter.open(spec, command.num_committed)
         self.contexts[context_id] = _Context(
-            command.spec, text, command.branch, command.limit, command.blocked
+            spec, text, command.branch, command.limit, command.blocked
         )
         self._turns.append(context_id)
 
@@ -139,57 +110,38 @@ class DraftWorker:
             context.limit = command.limit
             context.paused = False
         elif isinstance(command, Rollback):
-            context.rollback(command.branch, command.length, command.token_ids)
-        elif isinstance(command, Recover):
-            context.rollback(command.branch, command.position)
-            context.recover = command
-            if not command.judged or command.position in context.laws:
-                self._recover(context_id, context, command)  # no forward: at once
+            context.text.rollback(command.length, command.token_ids)
+            context.branch = command.branch
+            context.blocked = context.paused = False
 
     def _turn(self, context_id: int, context: _Context) -> None:
-        if context.text.prefill():
-            return
-        if context.recover is not None:
-            self._recover(context_id, context, context.recover)
-        else:
+        was_cold, context.is_cold = context.is_cold, context.text.prefill()
+        self.shows_pace = not (was_cold or context.is_cold)
+        if not context.is_cold:
             self._draft(context_id, context)
 
     def _draft(self, context_id: int, context: _Context) -> None:
         position, seed = len(context.text), context.spec.sampling.seed
-        law = context.law()
+        law = context.text.propose()
         if law is None:
             context.blocked = True
             self._emit(context_id, Exhausted(context.branch, position))
             return
-        probs: tuple[float, ...] = ()
+        laws: tuple[Distribution, ...] = ()
         if context.spec.mode is VerificationMode.COUPLED:
             token_id = draw(law, seed, position, Purpose.COUPLED)
         else:
             token_id = draw(law, seed, position, Purpose.DRAFT)
-            # Float32 sums may leave a certain token's probability a rounding above 1.
-            probs = (min(1.0, law.prob(token_id)),)
+            laws = (law,)
         threshold = context.spec.confidence_stop
         context.paused = threshold > 0.0 and context.text.confidence() < threshold
         context.text.append(token_id)
-        self._emit(context_id, Drafted(context.branch, position, (token_id,), probs))
+        self._emit(context_id, Drafted(context.branch, position, (token_id,), laws))
         if token_id in context.spec.stop_token_ids:
             context.blocked = True
             self._emit(context_id, Exhausted(context.branch, position + 1))
         elif context.paused:
             self._emit(context_id, Paused(context.branch, position + 1))
-
-    def _recover(self, context_id: int, context: _Context, command: Recover) -> None:
-        law = context.law() if command.judged else None
-        sampler = RejectionSampler(context.spec.sampling.seed, command.position, law)
-        token_id = sampler.offer(command.rejection, command.attempt)
-        context.recover = None
-        if token_id is None:
-            context.blocked = True
-            needed = ProbeNeeded(context.branch, command.position, command.attempt + 1)
-            self._emit(context_id, needed)
-            return
-        context.rollback(context.branch, command.position, (token_id,))
-        self._emit(context_id, Recovered(context.branch, command.position, token_id))
 
     def _guarded(self, context_id: int, work: Callable[..., None], *args: object) -> None:
         """Do `work`; whatever the backend raises ends this context alone."""
@@ -199,3 +151,14 @@ class DraftWorker:
             self._close(context_id)
             failure = DrafterFailed(f"the drafter failed: {type(error).__name__}: {error}")
             self._emit(context_id, ContextFailed(failure))
+
+
+def proposal(sampling: SamplingParams) -> SamplingParams:
+    """How the drafter's law is processed: as the target's, and truncated."""
+    if sampling.temperature < GREEDY_TEMPERATURE:
+        return sampling
+    return dataclasses.replace(
+        sampling,
+        min_p=max(sampling.min_p, PROPOSAL_MIN_P),
+        top_k=min(sampling.top_k or PROPOSAL_TOKENS_MAX, PROPOSAL_TOKENS_MAX),
+    )

@@ -1,9 +1,9 @@
 """The worker process: `python -m edge_agent.drafting.worker_main FD`.
 
 FD is the inherited end of a socketpair. The first message in is the DrafterSpec; Ready or
-LoadFailed answers it. Then (context id, command) come in and (context id, event, busy_s) go
-out, busy_s being the time spent drafting since the last one. The process ends with its
-parent: at the end of the stream, or at once by PR_SET_PDEATHSIG where there is that.
+LoadFailed answers it. Then (context id, command) come in and (context id, event, drafting_s) go
+out; drafting_s is what a draft took, 0 where something else was computed with it. The process ends
+with its parent: at the end of the stream, or at once by PR_SET_PDEATHSIG where there is that.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from edge_agent.drafting.ipc import WorkerChannel
 from edge_agent.drafting.messages import DrafterSpec, DraftEvent, LoadFailed, Ping, Pong, Ready
 from edge_agent.drafting.worker import DraftWorker
 from picospec.errors import DrafterFailed
+from picospec.protocol.drafting import Drafted
 
 _PR_SET_PDEATHSIG = 1
 
@@ -38,26 +39,21 @@ def run(channel: WorkerChannel) -> None:
     gc.freeze()
     channel.send(Ready(loaded.logits_width))
 
-    busy_s = 0.0
-    started = time.perf_counter()
+    started_s = 0.0
 
     def emit(context_id: int, event: DraftEvent) -> None:
-        nonlocal busy_s, started
-        now = time.perf_counter()
-        channel.send((context_id, event, busy_s + now - started))
-        busy_s, started = 0.0, now
+        is_timed = worker.shows_pace and isinstance(event, Drafted)
+        channel.send((context_id, event, time.perf_counter() - started_s if is_timed else 0.0))
 
     worker = DraftWorker(loaded, emit)
     while True:
-        commands = channel.receive(block=not worker.runnable)
-        started = time.perf_counter()  # a recovery is drawn, and told, while it is handled
-        for context_id, command in commands:
+        for context_id, command in channel.receive(block=not worker.runnable):
             if isinstance(command, Ping):
                 channel.send((context_id, Pong(), 0.0))
             else:
                 worker.handle(context_id, command)
+        started_s = time.perf_counter()
         worker.step()
-        busy_s += time.perf_counter() - started
 
 
 def _pin(spec: DrafterSpec) -> None:

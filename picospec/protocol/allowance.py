@@ -7,12 +7,13 @@ from picospec.protocol.session_spec import SessionSpec
 
 class Allowance:
     """The drafter's limit: the window, the end of the answer or, without parallel drafting, the
-    end of the round. A limit that was told is never taken back."""
+    end of the round. Only a window of 0, which stops the drafter, takes a limit back."""
 
     def __init__(self, spec: SessionSpec) -> None:
         self._ceiling = self._window_max = spec.card.limits.max_window
         self.window = min(spec.policy.window, self._window_max)  # most unverified tokens
         self.limit = 0  # told to the drafter
+        self.highest = 0  # limit ever told: what it may have drafted under way
         self.is_exhausted = False  # the drafter has nothing to propose after the chain
         self.is_paused = False  # the drafter waits for a verdict on the chain
         self._length_max = spec.length_max
@@ -31,6 +32,11 @@ class Allowance:
         """What the drafter is to be told, if anything."""
         if self.is_exhausted:
             return []  # more room changes nothing; the next branch gets it
+        if not self.window:
+            if self.limit <= chain.position:
+                return []
+            self.limit = chain.position
+            return [Allow(self.limit)]
         limit = chain.position + self.window
         if not self._parallel:
             if not len(chain) and chain.position >= self._round_limit:
@@ -40,6 +46,7 @@ class Allowance:
         if limit <= self.limit:
             return []
         self.limit = limit
+        self.highest = max(self.highest, limit)
         return [Allow(limit)]
 
     def unpause(self, chain: DraftChain) -> None:
@@ -61,8 +68,8 @@ class Allowance:
     def rules(self, chain: DraftChain) -> dict[str, bool]:
         """What must hold between two events, and whether it does."""
         return {
-            "no draft is beyond the limit": not len(chain) or chain.end <= self.limit,
-            "the limit is within the answer": self.limit <= self._length_max,
+            "no draft is beyond the limit": not len(chain) or chain.end <= self.highest,
+            "the limit is within the answer": self.highest <= self._length_max,
             "the limit is within the cloud's window": self.limit <= chain.position + self._ceiling,
             "the window is within the cloud's": self.window <= self._window_max,
             "a pause is behind a draft": len(chain) > 0 or not self.is_paused,

@@ -50,6 +50,7 @@ _ASSIST = {
     pb.ASSIST_POLICY_NEVER: AssistPolicy.NEVER,
     pb.ASSIST_POLICY_IDLE: AssistPolicy.IDLE,
     pb.ASSIST_POLICY_ALWAYS: AssistPolicy.ALWAYS,
+    pb.ASSIST_POLICY_AUTO: AssistPolicy.AUTO,
 }
 _FINISH: dict[pb.FinishReason, FinishReason | None] = {
     pb.FINISH_REASON_UNSPECIFIED: None,
@@ -184,6 +185,8 @@ def encode_cloud(frame: CloudFrame) -> pb.GenerateResponse:
                     queue_us=frame.queue_us,
                     compute_us=frame.compute_us,
                     num_forwards=frame.num_forwards,
+                    batch_size=frame.batch_size,
+                    draft_budget=frame.draft_budget,
                 )
             )
         case Opened():
@@ -208,6 +211,8 @@ def decode_cloud(message: pb.GenerateResponse) -> CloudFrame:
                 queue_us=verdict.queue_us,
                 compute_us=verdict.compute_us,
                 num_forwards=verdict.num_forwards,
+                batch_size=verdict.batch_size,
+                draft_budget=verdict.draft_budget,
             )
         case "opened":
             return Opened(**_copied(message.opened, _OPENED))

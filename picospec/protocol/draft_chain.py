@@ -4,18 +4,26 @@ The counterpart of `DraftQueue`. A `DraftChain` knows tokens, positions and epoc
 and what a verdict means for it is the session's to say.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from picospec.errors import RemoteOrderError
 from picospec.protocol.messages import Draft, Verdict
+from picospec.sampling.distribution import Distribution
+
+
+class _Unjudged(NamedTuple):
+    token_id: int
+    law: Distribution | None  # Q; split only
 
 
 class DraftChain:
     """Unjudged drafts from `position`, the first uncommitted position, on.
 
     >>> chain = DraftChain(position=5, split=False, draft_length=2, fast_verify=True)
-    >>> chain.extend((7, 8, 9), ())
+    >>> chain.extend((7, 8, 9))
     >>> [frame.token_ids for frame in chain.frames(2, round_is_over=False, now=0.0)]
     [(7, 8), (9,)]
     >>> chain.in_flight, chain.end
@@ -33,7 +41,7 @@ class DraftChain:
         self._split = split
         self._draft_length = draft_length
         self._fast_verify = fast_verify
-        self._drafts: list[tuple[int, float]] = []  # (token id, q)
+        self._drafts: list[_Unjudged] = []
         self.waits_since_s: float | None = (
             None  # when the first unsent draft came, or the last left
         )
@@ -75,11 +83,14 @@ class DraftChain:
         """Drafts that were not sent."""
         return self.end - max(self._sent_end, self.position)
 
-    def extend(self, token_ids: Sequence[int], probs: Sequence[float]) -> None:
-        """`probs` has the q of each in split mode. Raises ValueError if it has not."""
-        # Rounding may leave a certain token a little above 1.
-        kept = [min(prob, 1.0) for prob in probs] if self._split else [1.0] * len(token_ids)
-        self._drafts += zip(token_ids, kept, strict=True)
+    def extend(self, token_ids: Sequence[int], laws: Sequence[Distribution] = ()) -> None:
+        """`laws` has the Q of each in split mode. Raises ValueError if it has not."""
+        kept = laws if self._split else (None,) * len(token_ids)
+        self._drafts += itertools.starmap(_Unjudged, zip(token_ids, kept, strict=True))
+
+    def law(self, index: int) -> Distribution | None:
+        """What draft `index` was drawn from; None if there is no such draft."""
+        return self._drafts[index].law if index < len(self._drafts) else None
 
     def check(self, verdict: Verdict) -> None:
         """Raises RemoteOrderError where `verdict` does not fit what was sent."""
@@ -102,15 +113,15 @@ class DraftChain:
         """How many drafts are confirmed by a verdict: the accepted, and those that follow them
         and are equal to the cloud's own tokens."""
         num_kept = num_accepted
-        for (token_id, _), committed in zip(self._drafts[num_accepted:], own, strict=False):
-            if token_id != committed:
+        for draft, committed in zip(self._drafts[num_accepted:], own, strict=False):
+            if draft.token_id != committed:
                 break
             num_kept += 1
         return num_kept
 
     def first(self, num_tokens: int) -> tuple[int, ...]:
         """Token ids of the first drafts."""
-        return tuple(token_id for token_id, _ in self._drafts[:num_tokens])
+        return tuple(draft.token_id for draft in self._drafts[:num_tokens])
 
     def commit(self, num_kept: int, num_own: int) -> None:
         """The first `num_kept` drafts are committed, then `num_own` tokens that are not drafts."""
@@ -168,8 +179,8 @@ class DraftChain:
         return Draft(
             self.epoch,
             base - len(head),
-            head + tuple(token_id for token_id, _ in drafts),
-            tuple(prob for _, prob in drafts) if self._split else (),
+            head + tuple(draft.token_id for draft in drafts),
+            tuple(_prob(draft) for draft in drafts) if self._split else (),
             num_forced=len(head),
             end_of_round=not self._fast_verify,
             step_limit=step_limit,
@@ -207,3 +218,9 @@ class DraftChain:
             "the recovered token waits for its epoch's first frame": self._head is None
             or not (self._epoch_used or self._sent_end),
         }
+
+
+def _prob(draft: _Unjudged) -> float:
+    """q, which rounding may leave a little above 1 for a certain token."""
+    assert draft.law is not None
+    return min(draft.law.prob(draft.token_id), 1.0)

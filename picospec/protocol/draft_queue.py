@@ -103,6 +103,29 @@ class DraftQueue:
         return max(0, self._epoch.number)
 
     @property
+    def is_dead(self) -> bool:
+        """Whether the rest of the epoch contradicts what is committed, and is dropped."""
+        self._settle()
+        return self._dead
+
+    @property
+    def is_edges_turn(self) -> bool:
+        """Whether the next position is the edge's to draw: after a rejection, until its recovered
+        token is here, or where it has asked for P by a probe."""
+        return self.awaiting_recovery or (self._split and self._has_probe())
+
+    @property
+    def end(self) -> int:
+        """The first position for which no token is known, queued or committed."""
+        return max(self._epoch.end, len(self._committed))
+
+    @property
+    def num_ready(self) -> int:
+        """Drafts that may be judged now."""
+        self._settle()
+        return self._num_ready()
+
+    @property
     def has_work(self) -> bool:
         """Whether there is something to judge now."""
         self._settle()

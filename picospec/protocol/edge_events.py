@@ -19,7 +19,8 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class SetLength:
-    """Speculate with these lengths from now on; the cloud's limits cap them."""
+    """Speculate with these lengths from now on; the cloud's limits cap them. A window of 0 stops
+    the drafter: the cloud goes on alone."""
 
     draft_length: int
     window: int

@@ -23,7 +23,7 @@ class SpeculationPolicy:
     split_rejection: bool = True  # split: off sends all of P with a rejection
     exact: bool = True  # split: off truncates P to its Top-K
     sparse_k: int = 64  # split: most pairs in a rejection
-    assist: AssistPolicy = AssistPolicy.NEVER  # coupled only
+    assist: AssistPolicy = AssistPolicy.NEVER  # when the cloud decodes alone
     resume_attempts: int = 5  # in a row without a token in between
     resume_timeout_s: float = 30.0  # from the loss of the link to the end of all attempts
 
@@ -31,13 +31,10 @@ class SpeculationPolicy:
 class EdgeState(enum.Enum):
     NEW = "new"
     DRAFTING = "drafting"
-    RECOVERING = "recovering"  # the drafter draws the recovered token
-    PROBING = "probing"  # the cloud draws a fresh tail sample for it
-    # The same without a stream, and a fourth: to be opened once the drafter has drawn.
+    PROBING = "probing"  # the cloud draws a fresh tail sample for the recovered token
+    # The same without a stream.
     OFFLINE = "offline"
-    OFFLINE_RECOVERING = "offline, recovering"
     OFFLINE_PROBING = "offline, probing"
-    REOPENING = "reopening"
     FINISHED = "finished"
 
 
@@ -48,19 +45,26 @@ class EventKind(enum.Enum):
     DRAFTED = "drafted"
     EXHAUSTED = "exhausted"
     PAUSED = "paused"
-    RECOVERED = "recovered"
-    PROBE_NEEDED = "probe needed"
     OPENED = "opened"
     VERDICT = "verdict"
     REJECTION = "verdict with a rejection"
+    UNRESOLVED = "verdict with a rejection whose tail sample is used up"
     FINISH = "the last token"
     LINK_LOST = "link lost"
     RESUME = "resume"
     CANCEL = "cancel"
 
 
-FROM_CLOUD = frozenset({EventKind.OPENED, EventKind.VERDICT, EventKind.REJECTION, EventKind.FINISH})
-ONLINE = frozenset({EdgeState.DRAFTING, EdgeState.RECOVERING, EdgeState.PROBING})
+FROM_CLOUD = frozenset(
+    {
+        EventKind.OPENED,
+        EventKind.VERDICT,
+        EventKind.REJECTION,
+        EventKind.UNRESOLVED,
+        EventKind.FINISH,
+    }
+)
+ONLINE = frozenset({EdgeState.DRAFTING, EdgeState.PROBING})
 WITH_CHAIN = frozenset({EdgeState.DRAFTING, EdgeState.OFFLINE, EdgeState.FINISHED})
 PROBED = frozenset({EdgeState.PROBING, EdgeState.OFFLINE_PROBING})
 
@@ -72,32 +76,22 @@ TRANSITIONS: dict[tuple[EdgeState, EventKind], EdgeState] = {
     (_S.DRAFTING, _E.PAUSED): _S.DRAFTING,
     (_S.DRAFTING, _E.OPENED): _S.DRAFTING,
     (_S.DRAFTING, _E.VERDICT): _S.DRAFTING,
-    (_S.DRAFTING, _E.REJECTION): _S.RECOVERING,
+    (_S.DRAFTING, _E.REJECTION): _S.DRAFTING,
+    (_S.DRAFTING, _E.UNRESOLVED): _S.PROBING,
     (_S.DRAFTING, _E.FINISH): _S.FINISHED,
     (_S.DRAFTING, _E.LINK_LOST): _S.OFFLINE,
-    (_S.RECOVERING, _E.RECOVERED): _S.DRAFTING,
-    (_S.RECOVERING, _E.PROBE_NEEDED): _S.PROBING,
-    (_S.RECOVERING, _E.FINISH): _S.FINISHED,
-    (_S.RECOVERING, _E.LINK_LOST): _S.OFFLINE_RECOVERING,
     (_S.PROBING, _E.OPENED): _S.PROBING,
-    (_S.PROBING, _E.REJECTION): _S.RECOVERING,
+    (_S.PROBING, _E.REJECTION): _S.DRAFTING,
+    (_S.PROBING, _E.UNRESOLVED): _S.PROBING,
     (_S.PROBING, _E.FINISH): _S.FINISHED,
     (_S.PROBING, _E.LINK_LOST): _S.OFFLINE_PROBING,
     (_S.OFFLINE, _E.DRAFTED): _S.OFFLINE,
     (_S.OFFLINE, _E.EXHAUSTED): _S.OFFLINE,
     (_S.OFFLINE, _E.PAUSED): _S.OFFLINE,
-    (_S.OFFLINE, _E.FINISH): _S.FINISHED,
     (_S.OFFLINE, _E.LINK_LOST): _S.OFFLINE,
     (_S.OFFLINE, _E.RESUME): _S.DRAFTING,
-    (_S.OFFLINE_RECOVERING, _E.RECOVERED): _S.OFFLINE,
-    (_S.OFFLINE_RECOVERING, _E.PROBE_NEEDED): _S.OFFLINE_PROBING,
-    (_S.OFFLINE_RECOVERING, _E.LINK_LOST): _S.OFFLINE_RECOVERING,
-    (_S.OFFLINE_RECOVERING, _E.RESUME): _S.REOPENING,
     (_S.OFFLINE_PROBING, _E.LINK_LOST): _S.OFFLINE_PROBING,
     (_S.OFFLINE_PROBING, _E.RESUME): _S.PROBING,
-    (_S.REOPENING, _E.RECOVERED): _S.DRAFTING,
-    (_S.REOPENING, _E.PROBE_NEEDED): _S.PROBING,
-    (_S.REOPENING, _E.LINK_LOST): _S.OFFLINE_RECOVERING,
     **{(state, _E.CANCEL): _S.FINISHED for state in EdgeState},
     # The cloud and the drafter may speak on while they are told.
     **{(_S.FINISHED, event): _S.FINISHED for event in EventKind},

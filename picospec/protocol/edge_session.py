@@ -3,7 +3,7 @@
 The rules of this file:
 1. `handle(event, now)` is the only way in. It returns the effects to carry out, in order; nothing
    else changes state. `log` keeps the last events, so that a run can be replayed.
-2. The output grows by what a Verdict commits and by the recovered token, at its end only.
+2. The output grows by what a Verdict commits, the recovered token included, at its end only.
 3. The chain is what the drafter has drafted after the output, all of it unjudged. Whatever
    contradicts it starts a new *branch* (the drafter's number) and, if any frame of the current
    *epoch* (the wire's number) was sent, a new epoch.
@@ -27,9 +27,6 @@ from picospec.protocol.drafting import (
     DrafterEvent,
     Exhausted,
     Paused,
-    ProbeNeeded,
-    Recover,
-    Recovered,
     Rollback,
 )
 from picospec.protocol.edge_events import (
@@ -54,8 +51,17 @@ from picospec.protocol.edge_machine import (
     EdgeState,
     EventKind,
 )
-from picospec.protocol.messages import Finish, FinishReason, Opened, Verdict
+from picospec.protocol.messages import (
+    AssistPolicy,
+    Finish,
+    FinishReason,
+    Opened,
+    Rejection,
+    Verdict,
+)
 from picospec.protocol.session_spec import SessionSpec
+from picospec.sampling.distribution import Distribution
+from picospec.sampling.rejection import RejectionSampler
 
 LOG_LENGTH = 32  # events; a few hundred bytes each, but a rejection may hold a whole distribution
 
@@ -74,7 +80,7 @@ class EdgeSession:
         self.chain = DraftChain(
             len(spec.prompt_token_ids),
             split=spec.is_split,
-            draft_length=min(spec.policy.draft_length, self.allowance.window),
+            draft_length=max(1, min(spec.policy.draft_length, self.allowance.window)),
             fast_verify=spec.policy.fast_verify,
         )
         self._spec = spec
@@ -82,8 +88,9 @@ class EdgeSession:
         self._length_max = spec.length_max
         self._max_frame = spec.card.limits.max_draft_tokens
         self._stop_token_ids = frozenset(spec.stop_token_ids)
-        self._judged = True  # RECOVERING, PROBING: whether a draft was rejected
-        self._asked: tuple[int, bool] | None = None  # tail sample a probe asked for, judged
+        self._cloud_goes_on = spec.policy.assist in (AssistPolicy.ALWAYS, AssistPolicy.AUTO)
+        # The tail sample that a probe asked for, and the law of the draft that was rejected.
+        self._asked: tuple[int, Distribution | None] | None = None
         self._opened = False  # the cloud has confirmed the opening
         self._awaits_first = True  # the verdict on the prompt
 
@@ -121,16 +128,12 @@ class EdgeSession:
                 return self._drafted(event, now)
             case Verdict():
                 return self._receive_verdict(event, now)
-            case Recovered():
-                return self._recovered(event, now)
             case SetLength():
                 return self._set_length(event, now)
             case Tick():
                 return self._tick(now)
             case Exhausted() | Paused():
                 return self._stopped(event, now)
-            case ProbeNeeded():
-                return self._probe_needed(event)
             case Opened():
                 return self._receive_opened(event)
             case Start():
@@ -149,7 +152,7 @@ class EdgeSession:
 
     def _set_length(self, event: SetLength, now: float) -> list[Effect]:
         self.allowance.set_window(event.window)
-        self.chain.draft_length = min(event.draft_length, self.allowance.window)
+        self.chain.draft_length = max(1, min(event.draft_length, self.allowance.window))
         return self._advance(now)
 
     def _tick(self, now: float) -> list[Effect]:
@@ -169,14 +172,8 @@ class EdgeSession:
         return []
 
     def _resume(self, now: float) -> list[Effect]:
-        """Open a new stream with all that is committed, and send what is not judged again.
-
-        While the drafter draws a recovered token nothing can be opened: then the Open is among
-        the effects of its answer.
-        """
+        """Open a new stream with all that is committed, and send what is not judged again."""
         self._move(EventKind.RESUME)
-        if self.state is EdgeState.REOPENING:
-            return []
         return [] if self.finished else [self._open(), *self._advance(now)]
 
     # -- the drafter ---------------------------------------------------------------------------
@@ -184,13 +181,13 @@ class EdgeSession:
     def _drafted(self, event: Drafted, now: float) -> list[Effect]:
         if not self._is_current(event, EventKind.DRAFTED, self.chain.end):
             return []
-        limit = self.allowance.limit
+        limit = self.allowance.highest
         if event.position + len(event.token_ids) > limit:
             raise LocalProtocolError(f"Drafts beyond the limit {limit}", "drafted")
-        if self._split and len(event.probs) != len(event.token_ids):
-            raise LocalProtocolError("Drafts without their probabilities", "drafted")
+        if self._split and len(event.laws) != len(event.token_ids):
+            raise LocalProtocolError("Drafts without their laws", "drafted")
         self.allowance.is_exhausted = False
-        self.chain.extend(event.token_ids, event.probs)
+        self.chain.extend(event.token_ids, event.laws)
         return self._advance(now)
 
     def _stopped(self, event: Exhausted | Paused, now: float) -> list[Effect]:
@@ -206,31 +203,6 @@ class EdgeSession:
         else:  # all of it was accepted meanwhile
             self.allowance.unpause(self.chain)
         return self._advance(now)
-
-    def _recovered(self, event: Recovered, now: float) -> list[Effect]:
-        """The recovered token is drawn: it is committed."""
-        reopening = self.state is EdgeState.REOPENING
-        if not self._is_current(event, EventKind.RECOVERED, self.position):
-            return []
-        online = self.state in ONLINE and not reopening
-        effects = self._commit(0, (event.token_id,))
-        reason = self._finish_reason()
-        if reason is not None:
-            return [*effects, *self._finish(reason, tell_cloud=online)]
-        if reopening:
-            effects.append(self._open())
-        elif online:
-            self.chain.recovered(event.token_id)
-        return effects + self._advance(now)
-
-    def _probe_needed(self, event: ProbeNeeded) -> list[Effect]:
-        reopening = self.state is EdgeState.REOPENING
-        if not self._is_current(event, EventKind.PROBE_NEEDED, self.position):
-            return []
-        self._asked = (event.attempt, self._judged)
-        if reopening:
-            return [self._open()]
-        return [Send(self.chain.probe(event.attempt + 1))] if self.state in ONLINE else []
 
     def _is_current(self, event: DrafterEvent, kind: EventKind, position: int) -> bool:
         """Whether a drafter's event counts; then the state follows it. It must be at `position`."""
@@ -273,7 +245,9 @@ class EdgeSession:
         if reason is not None:
             self._move(EventKind.FINISH)
             return [*self._commit(verdict.num_accepted, verdict.token_ids), Finished(reason)]
-        self._move(EventKind.VERDICT if verdict.rejection is None else EventKind.REJECTION)
+        if verdict.rejection is not None:
+            return self._rejected(verdict, verdict.rejection, now)
+        self._move(EventKind.VERDICT)
         self._awaits_first = False
         num_kept = self.chain.agrees(verdict.num_accepted, verdict.token_ids)
         own = verdict.token_ids[num_kept - verdict.num_accepted :]
@@ -283,19 +257,38 @@ class EdgeSession:
         reason = self._finish_reason() if effects else None
         if reason is not None:
             return [*effects, *self._finish(reason, tell_cloud=True)]
-        if verdict.rejection is not None:
-            attempt, self._judged = self._asked or (0, True)
-            self._asked = None
-            self._branch_off(judged_end)
-            recover = Recover(self.branch, agreed, verdict.rejection, attempt, self._judged)
-            return [*effects, recover]
         if effects:
-            self._asked = None  # coupled: the probed position is committed
+            self._asked = None  # the probed position is committed
             if self.allowance.is_paused:
                 self.allowance.unpause(self.chain)
         if own:
             self._branch_off(judged_end)
             effects.append(Rollback(self.branch, agreed, own))
+        return effects + self._advance(now)
+
+    def _rejected(self, verdict: Verdict, rejection: Rejection, now: float) -> list[Effect]:
+        """The position after the accepted drafts is the edge's to draw: from what the draft's law
+        leaves of P, or from P itself where there was no draft."""
+        num_kept = verdict.num_accepted
+        position = self.position + num_kept
+        attempt, law = self._asked or (0, self.chain.law(num_kept))
+        token_id = RejectionSampler(self._spec.sampling.seed, position, law).offer(
+            rejection, attempt
+        )
+        self._move(EventKind.UNRESOLVED if token_id is None else EventKind.REJECTION)
+        self._awaits_first = False
+        effects = self._commit(num_kept, ())
+        self._branch_off(max(position, verdict.position + verdict.num_draft_tokens))
+        if token_id is None:
+            self._asked = (attempt + 1, law)
+            return [*effects, Send(self.chain.probe(attempt + 2))]
+        self._asked = None
+        effects += self._commit(0, (token_id,))
+        reason = self._finish_reason()
+        if reason is not None:
+            return [*effects, *self._finish(reason, tell_cloud=True)]
+        self.chain.recovered(token_id)
+        effects.append(Rollback(self.branch, position, (token_id,)))
         return effects + self._advance(now)
 
     def _check_verdict(self, verdict: Verdict) -> None:
@@ -307,10 +300,6 @@ class EdgeSession:
         accepted = verdict.num_accepted
         if accepted + len(verdict.token_ids) > self._length_max - self.position:
             raise RemoteProtocolError("More tokens than were asked for", "verdict.token_ids")
-        # The last position may leave the cloud no room to verify a draft.
-        last = verdict.finish_reason is not None
-        if self._split and verdict.token_ids and not self._awaits_first and not last:
-            raise RemoteOrderError("In split mode the edge recovers", "verdict.token_ids")
         if verdict.rejection is not None and self._asked is None and accepted >= self.in_flight:
             raise RemoteOrderError("Nothing was there to be rejected", "verdict.rejection")
 
@@ -324,8 +313,10 @@ class EdgeSession:
         if self.state is EdgeState.DRAFTING and self._asked is None:
             round_is_over = self.allowance.is_used_up(self.chain)
             effects += self._send_due(now, round_is_over=round_is_over)
-            if self.allowance.is_exhausted and not len(self.chain) and not self._awaits_first:
-                self._asked = (0, False)
+            if self.allowance.is_exhausted and not (
+                len(self.chain) or self._awaits_first or self._cloud_goes_on
+            ):
+                self._asked = (0, None)
                 effects.append(Send(self.chain.probe(1)))
         return effects
 

@@ -25,11 +25,12 @@ class VerificationMode(enum.Enum):
 
 
 class AssistPolicy(enum.Enum):
-    """Whether the cloud decodes on its own while a coupled session has no drafts."""
+    """When the cloud decodes a token by itself because a session has no drafts."""
 
     NEVER = "never"
-    IDLE = "idle"
+    IDLE = "idle"  # in steps that no other session needs
     ALWAYS = "always"
+    AUTO = "auto"  # unless waiting for a draft brings more tokens per second
 
 
 class FinishReason(enum.Enum):
@@ -158,7 +159,7 @@ class Verdict:
     """What one verification step decided for one session.
 
     Positions `position .. position + num_accepted - 1` hold accepted drafts of `epoch`;
-    `token_ids` follow them (recovered, bonus or assist tokens, the cloud's own). With a
+    `token_ids` follow them (the cloud's own: recovered, bonus or decoded alone). With a
     `rejection` the position after the accepted drafts awaits the edge's recovered token.
     """
 
@@ -172,6 +173,8 @@ class Verdict:
     queue_us: int = 0
     compute_us: int = 0
     num_forwards: int = 0  # of the target since the last verdict
+    batch_size: int = 0  # sessions that the step forwarded
+    draft_budget: int = 0  # most drafts of this session that pay in one step now
 
 
 EdgeFrame = Open | Draft | Finish

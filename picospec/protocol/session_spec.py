@@ -8,7 +8,6 @@ import numpy as np
 from picospec import PROTOCOL_VERSION
 from picospec.protocol.edge_machine import SpeculationPolicy
 from picospec.protocol.messages import (
-    AssistPolicy,
     ModelCard,
     Open,
     SamplingParams,
@@ -52,7 +51,7 @@ class SessionSpec:
             stop_token_ids=tuple(sorted(set(self.stop_token_ids))),
             exact=policy.exact,
             sparse_k=sparse_k if policy.split_rejection else 0,
-            assist=AssistPolicy.NEVER if self.is_split else policy.assist,
+            assist=policy.assist,
             verify_whole_rounds=not policy.fast_verify,
             probe=probe,
             protocol_version=min(PROTOCOL_VERSION, card.protocol_version),

@@ -14,7 +14,6 @@ import numpy as np
 from picospec import PROTOCOL_VERSION
 from picospec.errors import RemoteOrderError, RemoteProtocolError
 from picospec.protocol.messages import (
-    AssistPolicy,
     Draft,
     ModelCard,
     Open,
@@ -68,7 +67,6 @@ def check_open(request: Open, card: ModelCard) -> None:
             f"{request.sparse_k} is not in 1 .. {most}",
             "open.sparse_k",
         )
-        _require(request.assist is AssistPolicy.NEVER, "Coupled mode only", "open.assist")
         _require(0 <= request.probe <= MAX_PROBE, f"Above {MAX_PROBE}", "open.probe")
     else:
         _require(request.probe == 0, "Split mode only", "open.probe")

@@ -19,6 +19,7 @@ class AssistPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ASSIST_POLICY_NEVER: _ClassVar[AssistPolicy]
     ASSIST_POLICY_IDLE: _ClassVar[AssistPolicy]
     ASSIST_POLICY_ALWAYS: _ClassVar[AssistPolicy]
+    ASSIST_POLICY_AUTO: _ClassVar[AssistPolicy]
 
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -32,6 +33,7 @@ ASSIST_POLICY_UNSPECIFIED: AssistPolicy
 ASSIST_POLICY_NEVER: AssistPolicy
 ASSIST_POLICY_IDLE: AssistPolicy
 ASSIST_POLICY_ALWAYS: AssistPolicy
+ASSIST_POLICY_AUTO: AssistPolicy
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -195,7 +197,7 @@ class Rejection(_message.Message):
     def __init__(self, token_ids: _Optional[bytes] = ..., probs: _Optional[bytes] = ..., tail_mass: _Optional[float] = ..., tail_token_id: _Optional[int] = ..., tail_prob: _Optional[float] = ...) -> None: ...
 
 class Verdict(_message.Message):
-    __slots__ = ("epoch", "position", "num_accepted", "token_ids", "rejection", "finish_reason", "num_draft_tokens", "queue_us", "compute_us", "num_forwards")
+    __slots__ = ("epoch", "position", "num_accepted", "token_ids", "rejection", "finish_reason", "num_draft_tokens", "queue_us", "compute_us", "num_forwards", "batch_size", "draft_budget")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +208,8 @@ class Verdict(_message.Message):
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     NUM_FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_BUDGET_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     position: int
     num_accepted: int
@@ -216,7 +220,9 @@ class Verdict(_message.Message):
     queue_us: int
     compute_us: int
     num_forwards: int
-    def __init__(self, epoch: _Optional[int] = ..., position: _Optional[int] = ..., num_accepted: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., rejection: _Optional[_Union[Rejection, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., num_draft_tokens: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., num_forwards: _Optional[int] = ...) -> None: ...
+    batch_size: int
+    draft_budget: int
+    def __init__(self, epoch: _Optional[int] = ..., position: _Optional[int] = ..., num_accepted: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., rejection: _Optional[_Union[Rejection, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., num_draft_tokens: _Optional[int] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., num_forwards: _Optional[int] = ..., batch_size: _Optional[int] = ..., draft_budget: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("opened", "verdict")

@@ -24,9 +24,11 @@ VOCAB = 8
 NUM_SEEDS = 40  # for each mode, temperature and fault level
 
 FAULTS = {
-    "clean": Faults(),
-    "hostile": Faults(lose=0.02, lose_in_recovery=0.2, repeat=0.2, preempt=0.2, change=0.1),
-    "cut to pieces": Faults(lose=0.12, lose_in_recovery=0.5, repeat=0.1),
+    "clean": Faults(take_over=0.5),
+    "hostile": Faults(
+        lose=0.02, lose_in_recovery=0.2, repeat=0.2, preempt=0.2, change=0.1, take_over=0.3
+    ),
+    "cut to pieces": Faults(lose=0.12, lose_in_recovery=0.5, repeat=0.1, take_over=0.7),
 }
 
 
@@ -94,12 +96,13 @@ def test_one_seed_replays_a_run_exactly() -> None:
 
 
 def test_a_clean_split_run_depends_on_its_seed_alone() -> None:
-    """As docs/protocol.md promises: timing decides nothing while the link holds.
+    """As docs/protocol.md promises: timing decides nothing if the link holds and the cloud waits.
 
     Where the drafter proposes everywhere, the window does not matter either.
     """
     run = scenario(5, SPLIT, 1.0, Faults())
     run = replace(run, language=Language(VOCAB, 1, 0.9, SamplingParams()), max_tokens=24)
+    run = replace(run, policy=replace(run.policy, assist=AssistPolicy.NEVER))
     outputs = {
         tuple(World(replace(run, times=Times(link, 5, draft))).run())
         for link in (1, 10, 100)
@@ -112,7 +115,7 @@ def test_a_clean_split_run_depends_on_its_seed_alone() -> None:
 
 LAW_VOCAB = 4
 NUM_TOKENS = 3
-NUM_RUNS = 7_000  # of each of three kinds
+NUM_RUNS = 7_000  # of each kind
 
 
 def law_scenario(seed: int, faults: Faults, *, forget_judged: bool = False) -> Scenario:
@@ -125,6 +128,7 @@ def law_scenario(seed: int, faults: Faults, *, forget_judged: bool = False) -> S
             fast_verify=seed % 4 < 2,
             parallel_draft=seed % 8 < 6,
             sparse_k=1,  # most recovered tokens come from the tail, often by a probe
+            assist=AssistPolicy.AUTO if faults.take_over else AssistPolicy.NEVER,
         ),
         prompt=(1, 2),
         seed=seed,
@@ -164,8 +168,14 @@ def p_value(outputs: Counter[tuple[int, ...]]) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "faults",
-    [Faults(), Faults(lose=0.05), Faults(lose_in_recovery=0.6)],
-    ids=["clean", "links lost", "links lost in recovery"],
+    [
+        Faults(),
+        Faults(lose=0.05),
+        Faults(lose_in_recovery=0.6),
+        Faults(take_over=0.4),
+        Faults(take_over=0.3, lose=0.05, change=0.2),
+    ],
+    ids=["clean", "links lost", "links lost in recovery", "taken over", "taken over, links lost"],
 )
 def test_sampled_split_output_follows_the_targets_law(faults: Faults) -> None:
     outputs: Counter[tuple[int, ...]] = Counter()
@@ -174,7 +184,7 @@ def test_sampled_split_output_follows_the_targets_law(faults: Faults) -> None:
         world = World(law_scenario(seed, faults))
         outputs[tuple(world.run())] += 1
         resumes += world.resumes
-    if faults != Faults():
+    if faults.lose or faults.lose_in_recovery:
         assert resumes > NUM_RUNS / 5
     assert p_value(outputs) > 1e-4
 

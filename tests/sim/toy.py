@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from edge_agent.drafting.rejection import RejectionSampler
 from picospec.protocol.draft_queue import Work
 from picospec.protocol.drafting import (
     Allow,
@@ -17,12 +17,15 @@ from picospec.protocol.drafting import (
     DrafterEvent,
     Exhausted,
     Paused,
-    ProbeNeeded,
-    Recover,
-    Recovered,
     Rollback,
 )
-from picospec.protocol.messages import EMPTY_TOKENS, Rejection, SamplingParams, VerificationMode
+from picospec.protocol.messages import (
+    EMPTY_TOKENS,
+    ProbArray,
+    Rejection,
+    SamplingParams,
+    VerificationMode,
+)
 from picospec.sampling.distribution import Distribution, draw, process
 from picospec.sampling.noise import Purpose, race, uniform
 from picospec.sampling.rejection import accept
@@ -87,6 +90,17 @@ def decode(
     return text[len(prompt) :]
 
 
+class ForgottenLaw(Distribution):
+    """A deliberate fault: it knows the q that is sent, and nothing of Q that recovery asks for."""
+
+    def prob(self, token_id: int) -> float:
+        assert self.token_ids is not None
+        return float(self.probs[0]) if token_id == self.token_ids[0] else 0.0
+
+    def probs_of(self, token_ids: ArrayLike) -> ProbArray:
+        return np.zeros(np.shape(token_ids), np.float32)
+
+
 class ToyDrafter:
     """A DraftContext without a process: commands change it, `step` makes one event."""
 
@@ -112,8 +126,6 @@ class ToyDrafter:
         self._branch = 0
         self._limit = 0
         self._exhausted = False
-        self._blocked = False
-        self._recover: Recover | None = None
 
     def command(self, command: DrafterCommand) -> None:
         match command:
@@ -123,28 +135,19 @@ class ToyDrafter:
             case Rollback(branch, length, token_ids):
                 self._restart(branch, length)
                 self._text += token_ids
-            case Recover(branch, position):
-                self._restart(branch, position)
-                self._recover = command
 
     def _restart(self, branch: int, length: int) -> None:
         assert length <= len(self._text)
         del self._text[length:]
         self._branch = branch
-        self._exhausted = self._blocked = self._paused = False
-        self._recover = None
+        self._exhausted = self._paused = False
 
     @property
     def can_step(self) -> bool:
-        if self._recover is not None:
-            return True
-        waits = self._blocked or self._exhausted or self._paused
-        return not waits and len(self._text) < self._limit
+        return not (self._exhausted or self._paused) and len(self._text) < self._limit
 
     def step(self) -> list[DrafterEvent]:
         """The event of one step, and perhaps that the drafter pauses after it."""
-        if self._recover is not None:
-            return [self._offer(self._recover)]
         position = len(self._text)
         law = self._language.draft(context_of(self._text))
         stopped = position > self._num_prompt and self._text[-1] in self._stop
@@ -154,29 +157,16 @@ class ToyDrafter:
         purpose = Purpose.DRAFT if self._split else Purpose.COUPLED
         token_id = draw(law, self._seed, position, purpose)
         self._text.append(token_id)
-        probs = (law.prob(token_id),) if self._split else ()
+        q = np.array([law.prob(token_id)], np.float32)
+        told = ForgottenLaw(np.array([token_id]), q) if self._forget_judged else law
+        laws = (told,) if self._split else ()
         events: list[DrafterEvent] = [
-            Drafted(branch=self._branch, position=position, token_ids=(token_id,), probs=probs)
+            Drafted(branch=self._branch, position=position, token_ids=(token_id,), laws=laws)
         ]
         if float(law.probs.max()) < self._confidence_stop:
             self._paused = True
             events.append(Paused(self._branch, position + 1))
         return events
-
-    def _offer(self, recover: Recover) -> DrafterEvent:
-        self._recover = None
-        law = None
-        if recover.judged and not self._forget_judged:
-            law = self._language.draft(context_of(self._text))
-        sampler = RejectionSampler(self._seed, recover.position, law)
-        token_id = sampler.offer(recover.rejection, recover.attempt)
-        if token_id is None:
-            self._blocked = True
-            return ProbeNeeded(
-                branch=recover.branch, position=recover.position, attempt=recover.attempt + 1
-            )
-        self._text.append(token_id)
-        return Recovered(branch=recover.branch, position=recover.position, token_id=token_id)
 
 
 def rejection_at(

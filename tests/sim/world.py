@@ -18,7 +18,7 @@ import numpy as np
 from picospec.protocol import codec
 from picospec.protocol.cloud_session import CloudSession
 from picospec.protocol.draft_queue import DraftQueue
-from picospec.protocol.drafting import Allow, DrafterEvent, ProbeNeeded, Recover, Rollback
+from picospec.protocol.drafting import Allow, DrafterEvent, Rollback
 from picospec.protocol.edge_events import (
     Commit,
     EdgeEvent,
@@ -58,10 +58,11 @@ class Faults:
     """What the network and the engine do wrong; rates are chances for each frame or step."""
 
     lose: float = 0.0  # the connection is lost as a frame is sent
-    lose_in_recovery: float = 0.0  # as the edge learns of a rejection, or needs a probe
+    lose_in_recovery: float = 0.0  # as the edge learns of a rejection
     repeat: float = 0.0  # a draft arrives twice
     preempt: float = 0.0  # a step is planned and not carried out
     change: float = 0.0  # draft length and window change as a frame arrives
+    take_over: float = 0.0  # policy auto: the cloud decodes alone, drafts there or not
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,21 @@ class Cloud:
             return
         work = self._queue.take(self._world.rng.randint(1, 16))
         assert (work is not None) == self._queue.has_work
-        if work is None and self._request.assist is not AssistPolicy.ALWAYS:
+        if work is None and not self._goes_on_alone:
+            return
+        if self._goes_on_alone and self._world.chance(self._world.faults.take_over):
+            work = None
+        elif work is None and self._request.assist is AssistPolicy.AUTO:
+            self._later(self._world.scenario.times.step, self._plan)  # wait for a draft
             return
         self._busy = True
         self._later(self._world.scenario.times.step, self._step, work)
+
+    @property
+    def _goes_on_alone(self) -> bool:
+        """Whether it may decode without a draft. After a split rejection it never may."""
+        policy = self._request.assist
+        return policy in (AssistPolicy.ALWAYS, AssistPolicy.AUTO) and not self._queue.is_edges_turn
 
     def _step(self, work: Any) -> None:
         self._busy = False
@@ -238,6 +250,7 @@ class Cloud:
                     )
                 )
             )
+            self._queue.judged()
         else:
             assert work.position == position
             accepted, own, found = judge(
@@ -364,7 +377,9 @@ class World:
             return
         self._tell(frame)
         if self.chance(self.faults.change):
-            length, window = self.rng.choice([1, 2, 5]), self.rng.choice([1, 5, 20])
+            assist = self.scenario.policy.assist
+            stops = [0] if assist in (AssistPolicy.ALWAYS, AssistPolicy.AUTO) else []
+            length, window = self.rng.choice([1, 2, 5]), self.rng.choice([*stops, 1, 5, 20])
             self._tell(SetLength(length, window))
         self._maybe_lose_in_recovery(isinstance(frame, Verdict) and frame.rejection is not None)
 
@@ -406,7 +421,7 @@ class World:
                     self.output += token_ids
                 case Finished(reason):
                     self.reason = reason
-                case Allow() | Rollback() | Recover():
+                case Allow() | Rollback():
                     self.drafter.command(effect)
         if (deadline := self.session.deadline) is not None:
             self.clock.at(deadline, self._tell, Tick())
@@ -434,6 +449,4 @@ class World:
         self._draft()
 
     def _edge_hears(self, event: DrafterEvent) -> None:
-        current = event.branch == self.session.branch
         self._tell(event)
-        self._maybe_lose_in_recovery(isinstance(event, ProbeNeeded) and current)

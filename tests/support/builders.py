@@ -26,6 +26,7 @@ from picospec.protocol.messages import (
     Verdict,
     VerificationMode,
 )
+from picospec.sampling.distribution import Distribution
 
 SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 SAMPLED, GREEDY = SamplingParams(), SamplingParams(temperature=0.0)
@@ -194,6 +195,13 @@ def make_rejection(
         tail_token_id=tail_token_id,
         tail_prob=tail_prob,
     )
+
+
+def make_law(token_id: int) -> Distribution:
+    """What a draft was drawn from: its q is 0.5, and 3 and 4 have 0.25 each."""
+    ids = np.array(sorted((3, 4, token_id)), np.int32)
+    probs = np.where(ids == token_id, np.float32(0.5), np.float32(0.25))
+    return Distribution(ids, probs)
 
 
 def make_context_spec(

@@ -5,6 +5,7 @@ Blocks of KV cache are counted as in the engine; only the forward is missing.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import zmq
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -24,7 +26,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from cloud_server.config import EngineConfig
-from cloud_server.engine.envelope import Delivery, StepOutcome, VerificationOutputs, wrap
+from cloud_server.engine.envelope import Delivery, EngineReport, StepOutcome, wrap
 from cloud_server.engine.interface import EngineEvent, EngineStats
 from cloud_server.engine.judging.verification import StepKind, StepResult
 from cloud_server.engine.model import build_vllm_config
@@ -85,11 +87,15 @@ class SteppedEngine:
 
     def __init__(self, model: Path, *, num_blocks: int, max_model_len: int = 1024) -> None:
         """`num_blocks` of KV cache, of 32 tokens each, are there for sessions."""
+        address = f"inproc://reports-{id(self)}"
+        self._reports = zmq.Context.instance().socket(zmq.PULL)
+        self._reports.bind(address)
         config = build_vllm_config(
             EngineConfig(
                 model=str(model),
                 args={"max_model_len": max_model_len, "max_num_seqs": 32, "enforce_eager": True},
-            )
+            ),
+            address,
         )
         config.cache_config.num_gpu_blocks = num_blocks + 1  # one is vLLM's own
         spec = FullAttentionSpec(
@@ -198,15 +204,17 @@ class SteppedEngine:
         """One step of the engine; returns how many tokens it forwarded."""
         scheduled = self.scheduler.schedule()
         forwarded = self._forward(scheduled)
-        for outputs in self.scheduler.update_from_output(scheduled, forwarded).values():
-            assert isinstance(outputs, VerificationOutputs)
-            report = outputs.open_report()
-            assert report is not None
+        self.scheduler.update_from_output(scheduled, forwarded)
+        self._read_reports()
+        self._check()
+        return sum(scheduled.num_scheduled_tokens.values())
+
+    def _read_reports(self) -> None:
+        while self._reports.poll(0):
+            report: EngineReport = pickle.loads(self._reports.recv())
             self.stats = report.stats
             for key, events in report.events.items():
                 self._tell(key, events)
-        self._check()
-        return sum(scheduled.num_scheduled_tokens.values())
 
     def run(self, *, steps_max: int = 50) -> None:
         """Step until nothing is left to do. Raises AssertionError if that takes too many steps."""

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from cloud_server.engine.judging.verification import StepKind, VerificationParams, verify
-from edge_agent.drafting.rejection import RejectionSampler
 from picospec.protocol.messages import EMPTY_TOKENS, Rejection, SamplingParams, VerificationMode
 from picospec.sampling import noise
 from picospec.sampling.distribution import draw, process
 from picospec.sampling.noise import Purpose
-from picospec.sampling.rejection import residual
+from picospec.sampling.rejection import RejectionSampler, residual
 
 SPLIT, COUPLED = VerificationMode.SPLIT, VerificationMode.COUPLED
 NONE = EMPTY_TOKENS

@@ -8,8 +8,10 @@ import pytest
 
 from cloud_server.engine.engine_session import EngineSession
 from cloud_server.engine.judging.verification import StepKind
+from cloud_server.engine.step_costs import StepCosts
 from cloud_server.engine.step_plan import StepPlan, StepPlanner
-from picospec.protocol.messages import AssistPolicy
+from cloud_server.engine.takeover import Occasion
+from picospec.protocol.messages import AssistPolicy, VerificationMode
 from tests.support.builders import COUPLED, SPLIT
 from tests.support.engine_sessions import PROMPT, make_session
 
@@ -25,10 +27,12 @@ def composed(
     plan: StepPlanner,
     *sessions: EngineSession,
     engine_idle: bool = False,
+    awaits_drafts: bool = False,
     admitting: bool = False,
 ) -> list[str]:
     """The ids of the sessions that are held."""
-    held = plan.compose(sessions, current_step=STEP, engine_idle=engine_idle, admitting=admitting)
+    occasion = Occasion(engine_idle, awaits_drafts)
+    held = plan.compose(sessions, current_step=STEP, occasion=occasion, admitting=admitting)
     return [session.request.request_id for session in held]
 
 
@@ -60,20 +64,62 @@ def test_a_session_that_prefills_joins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("assist", "engine_idle", "joins"),
+    ("assist", "engine_idle", "awaits_drafts", "joins"),
     [
-        (AssistPolicy.NEVER, True, False),
-        (AssistPolicy.IDLE, True, True),
-        (AssistPolicy.IDLE, False, False),
-        (AssistPolicy.ALWAYS, False, True),
+        (AssistPolicy.NEVER, True, False, False),
+        (AssistPolicy.IDLE, True, False, True),
+        (AssistPolicy.IDLE, False, False, False),
+        (AssistPolicy.ALWAYS, False, True, True),
+        (AssistPolicy.AUTO, True, False, True),
+        (AssistPolicy.AUTO, False, False, True),
+        (AssistPolicy.AUTO, True, True, False),
     ],
 )
+@pytest.mark.parametrize("mode", [SPLIT, COUPLED])
 def test_the_cloud_decodes_alone_as_the_edge_allowed(
-    assist: AssistPolicy, engine_idle: bool, joins: bool
+    mode: VerificationMode,
+    assist: AssistPolicy,
+    engine_idle: bool,
+    awaits_drafts: bool,
+    joins: bool,
 ) -> None:
-    session = make_session(mode=COUPLED, assist=assist)
-    held = composed(planner(), session, engine_idle=engine_idle)
+    session = make_session(mode=mode, assist=assist)
+    held = composed(planner(), session, engine_idle=engine_idle, awaits_drafts=awaits_drafts)
     assert held == ([] if joins else ["s1"])
+
+
+def test_after_a_rejection_the_next_token_is_the_edges() -> None:
+    session = make_session(mode=SPLIT, assist=AssistPolicy.ALWAYS, drafts=(2,))
+    session.queue.judged(rejected=True)
+    assert composed(planner(), session) == ["s1"]
+
+
+def test_of_an_auto_session_as_many_drafts_are_judged_as_pay() -> None:
+    plan = planner()
+    plan.costs = StepCosts({1: 0.020, 3: 0.021, 9: 0.100})
+    session = make_session(mode=COUPLED, assist=AssistPolicy.AUTO, drafts=(2, 3, 4, 5))
+    composed(plan, session)
+    assert session.request.spec_token_ids == [2, 3]
+    assert session.draft_budget == 2
+
+
+def test_at_full_load_nothing_but_decoding_pays() -> None:
+    plan = planner()
+    plan.costs = StepCosts({1: 0.010, 64: 0.640})  # every token costs the same
+    sessions = [
+        make_session(str(name), mode=COUPLED, assist=AssistPolicy.AUTO, drafts=(2, 3))
+        for name in range(8)
+    ]
+    assert composed(plan, *sessions) == []
+    assert [session.request.spec_token_ids for session in sessions] == [[]] * 8
+    assert [session.draft_budget for session in sessions] == [0] * 8
+
+
+def test_a_split_session_taken_over_draws_from_its_row_or_by_itself() -> None:
+    keeps = make_session(mode=SPLIT, assist=AssistPolicy.AUTO)
+    assert rows_of(planner(), keeps) == StepPlan(StepKind.DRAFTS, AT, keep_row=True)
+    alone = make_session(mode=SPLIT, assist=AssistPolicy.AUTO, may_keep_rows=False)
+    assert rows_of(planner(), alone) == StepPlan(StepKind.FIRST, AT)
 
 
 @pytest.mark.parametrize(

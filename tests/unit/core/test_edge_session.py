@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from picospec.errors import LocalProtocolError, RemoteOrderError, RemoteProtocolError
@@ -15,9 +16,6 @@ from picospec.protocol.drafting import (
     Drafted,
     Exhausted,
     Paused,
-    ProbeNeeded,
-    Recover,
-    Recovered,
     Rollback,
 )
 from picospec.protocol.edge_events import (
@@ -35,14 +33,24 @@ from picospec.protocol.edge_events import (
 )
 from picospec.protocol.edge_machine import TRANSITIONS, EdgeState, EventKind, SpeculationPolicy
 from picospec.protocol.edge_session import EdgeSession, replay
-from picospec.protocol.messages import AssistPolicy, Finish, FinishReason, Open, Verdict
+from picospec.protocol.messages import (
+    AssistPolicy,
+    Finish,
+    FinishReason,
+    Open,
+    Rejection,
+    Verdict,
+    VerificationMode,
+)
 from picospec.protocol.session_spec import SessionSpec
+from picospec.sampling.distribution import Distribution
 from tests.support.builders import (
     COUPLED,
     SAMPLED,
     SPLIT,
     make_card,
     make_draft,
+    make_law,
     make_opened,
     make_rejection,
     make_verdict,
@@ -51,7 +59,16 @@ from tests.support.builders import (
 
 CARD = make_card()
 STOP = 0
-REJECTION = make_rejection()
+REJECTION = make_rejection(token_ids=(9,))  # of what the draft was not: 9 is recovered
+STOPPING = make_rejection(token_ids=(STOP,))
+# Q covers S, and more than P of the tail sample, which is refused: another is needed. Attempt 1's
+# is outside of Q and taken.
+UNRESOLVED = make_rejection(
+    token_ids=(3,), probs=(0.25,), tail_mass=0.75, tail_token_id=4, tail_prob=0.2
+)
+RESOLVED = make_rejection(
+    token_ids=(3,), probs=(0.25,), tail_mass=0.75, tail_token_id=9, tail_prob=0.2
+)
 OPENED = make_opened(first_position=2)
 
 
@@ -91,47 +108,36 @@ def started(max_tokens: int = 20, **policy: Any) -> EdgeSession:
 
 
 def drafted(session: EdgeSession, *token_ids: int, now: float = 0.0) -> list[Effect]:
-    probs = (0.5,) * len(token_ids)
+    laws = tuple(map(make_law, token_ids))
     return session.handle(
-        Drafted(
-            branch=session.branch, position=session.chain.end, token_ids=token_ids, probs=probs
-        ),
+        Drafted(branch=session.branch, position=session.chain.end, token_ids=token_ids, laws=laws),
         now,
     )
 
 
-def recovered(session: EdgeSession, token_id: int) -> Recovered:
-    return Recovered(session.branch, session.position, token_id=token_id)
+def rejected(session: EdgeSession, rejection: Rejection = REJECTION) -> list[Effect]:
+    """The second of the drafts in flight is rejected."""
+    position = session.position
+    verdict = make_verdict(
+        position=position, num_accepted=1, rejection=rejection, num_draft_tokens=2
+    )
+    return session.handle(verdict, 0.0)
 
 
 def frames(effects: list[Effect]) -> list[Any]:
     return [effect.frame for effect in effects if isinstance(effect, Send)]
 
 
-def recovering() -> EdgeSession:
+def probing() -> EdgeSession:
     """Split; a draft was rejected at position 4, position 3 is committed: 7."""
     session = started(mode=SPLIT)
     drafted(session, 7, 8)
-    session.handle(
-        make_verdict(position=3, num_accepted=1, rejection=REJECTION, num_draft_tokens=2), 0.0
-    )
-    return session
-
-
-def probing() -> EdgeSession:
-    session = recovering()
-    session.handle(ProbeNeeded(session.branch, 4, attempt=1), 0.0)
+    rejected(session, UNRESOLVED)
     return session
 
 
 def lost(session: EdgeSession) -> EdgeSession:
     session.handle(LinkLost(), 0.0)
-    return session
-
-
-def reopening() -> EdgeSession:
-    session = lost(recovering())
-    session.handle(Resume(), 0.0)
     return session
 
 
@@ -163,12 +169,9 @@ def unopened() -> EdgeSession:
 IN_STATE: dict[EdgeState, Callable[[], EdgeSession]] = {
     EdgeState.NEW: lambda: new_session(mode=SPLIT),
     EdgeState.DRAFTING: drafting,
-    EdgeState.RECOVERING: recovering,
     EdgeState.PROBING: probing,
     EdgeState.OFFLINE: lambda: lost(drafting()),
-    EdgeState.OFFLINE_RECOVERING: lambda: lost(recovering()),
     EdgeState.OFFLINE_PROBING: lambda: lost(probing()),
-    EdgeState.REOPENING: reopening,
     EdgeState.FINISHED: cancelled,
 }
 NOT_OPENED = {EdgeState.DRAFTING: unopened, EdgeState.PROBING: reopened_probing}
@@ -188,21 +191,19 @@ def event_of(kind: EventKind, session: EdgeSession) -> EdgeEvent:
         case EventKind.START:
             return Start()
         case EventKind.DRAFTED:
-            return Drafted(branch=branch, position=end, token_ids=(9,), probs=(0.5,))
+            return Drafted(branch=branch, position=end, token_ids=(9,), laws=(make_law(9),))
         case EventKind.EXHAUSTED:
             return Exhausted(branch, end)
         case EventKind.PAUSED:
             return Paused(branch, end)
-        case EventKind.RECOVERED:
-            return recovered(session, 9)
-        case EventKind.PROBE_NEEDED:
-            return ProbeNeeded(branch, position, attempt=1)
         case EventKind.OPENED:
             return make_opened(first_position=position)
         case EventKind.VERDICT:
             return make_verdict(position=position, num_accepted=session.in_flight)
         case EventKind.REJECTION:
-            return make_verdict(position=position, rejection=REJECTION)
+            return make_verdict(position=position, rejection=RESOLVED)
+        case EventKind.UNRESOLVED:
+            return make_verdict(position=position, rejection=UNRESOLVED)
         case EventKind.FINISH:
             return make_verdict(position=position, finish_reason=FinishReason.LENGTH)
         case EventKind.LINK_LOST:
@@ -220,10 +221,6 @@ def test_every_pair_lands_in_its_state_or_raises(state: EdgeState, kind: EventKi
     event = event_of(kind, session)
     assert session.state is state
     expected = TRANSITIONS.get((state, kind))
-    if (state, kind) == (EdgeState.OFFLINE, EventKind.FINISH):
-        # No frame comes without a stream, so the edge alone can finish: with its recovered token.
-        session = lost(recovering())
-        event = recovered(session, STOP)
     if expected is None:
         with pytest.raises((LocalProtocolError, RemoteOrderError)):
             session.handle(event, 0.0)
@@ -234,7 +231,7 @@ def test_every_pair_lands_in_its_state_or_raises(state: EdgeState, kind: EventKi
 
 
 def test_the_cloud_is_blamed_for_its_frames_only() -> None:
-    session = recovering()
+    session = probing()
     with pytest.raises(RemoteOrderError):
         session.handle(event_of(EventKind.VERDICT, session), 0.0)
     session = lost(drafting())
@@ -252,7 +249,7 @@ def test_the_opening_frame() -> None:
     assert isinstance(request, Open)
     assert request.prompt_token_ids.tolist() == [1, 2]
     assert request.sparse_k == CARD.limits.max_sparse_k
-    assert request.assist is AssistPolicy.NEVER  # split has none
+    assert request.assist is AssistPolicy.IDLE
     assert request.verify_whole_rounds
     assert request.probe == 0
     assert Allow(6) in effects
@@ -273,7 +270,13 @@ def test_drafts_go_out_at_once_and_before_the_opening_is_confirmed() -> None:
 def test_split_drafts_carry_their_probabilities() -> None:
     session = started(mode=SPLIT)
     effects = session.handle(
-        Drafted(branch=session.branch, position=3, token_ids=(7,), probs=(1.0000001,)), 0.0
+        Drafted(
+            branch=session.branch,
+            position=3,
+            token_ids=(7,),
+            laws=(Distribution(np.array([7], np.int32), np.array([1.0000001], np.float32)),),
+        ),
+        0.0,
     )
     assert frames(effects) == [make_draft(base_position=3, token_ids=(7,), draft_probs=(1.0,))]
 
@@ -388,8 +391,11 @@ def test_a_bonus_token_that_differs_rolls_back_to_it() -> None:
     assert session.stale_tokens == 2
 
 
-def test_assist_tokens_agree_as_far_as_they_do() -> None:
-    session = started()
+@pytest.mark.parametrize("mode", [SPLIT, COUPLED])
+def test_tokens_that_the_cloud_decoded_alone_agree_as_far_as_they_do(
+    mode: VerificationMode,
+) -> None:
+    session = started(mode=mode)
     drafted(session, 7, 8, 9)
     effects = session.handle(make_verdict(position=3, token_ids=(7, 8, 4, 3)), 0.0)
     assert effects[:2] == [Commit((7, 8, 4, 3)), Rollback(branch=2, length=5, token_ids=(4, 3))]
@@ -419,7 +425,6 @@ def test_the_edge_sees_the_end_itself_if_the_cloud_does_not_say_so() -> None:
         (make_verdict(position=3, token_ids=(50,)), "verdict.token_ids"),
         (make_verdict(position=3, token_ids=tuple([5] * 20)), "verdict.token_ids"),
         (make_verdict(position=3, num_accepted=2, rejection=REJECTION), "verdict.rejection"),
-        (make_verdict(position=3, num_accepted=1, token_ids=(5,)), "verdict.token_ids"),
     ],
 )
 def test_verdicts_that_do_not_fit(verdict: Verdict, field: str) -> None:
@@ -463,36 +468,35 @@ def test_round_trips_leave_out_queue_and_computation() -> None:
 # -- recovery ------------------------------------------------------------------------------------
 
 
-def test_a_rejection_asks_the_drafter() -> None:
+def test_the_recovered_token_goes_out_alone_at_once() -> None:
     session = started(mode=SPLIT)
-    drafted(session, 7, 8, 9)
-    effects = session.handle(
-        make_verdict(position=3, num_accepted=1, rejection=REJECTION, num_draft_tokens=2), 0.0
-    )
-    assert effects == [
+    drafted(session, 7, 8, 1)
+    head = make_draft(epoch=1, base_position=4, token_ids=(9,), num_forced=1)
+    assert rejected(session) == [
         Commit((7,)),
-        Recover(branch=2, position=4, rejection=REJECTION, attempt=0, judged=True),
+        Commit((9,)),
+        Rollback(branch=2, length=4, token_ids=(9,)),
+        Allow(9),
+        Send(head),
     ]
     assert session.stale_tokens == 1
-
-
-def test_the_recovered_token_goes_out_alone_at_once() -> None:
-    session = recovering()
-    effects = session.handle(recovered(session, 9), 0.0)
-    head = make_draft(epoch=1, base_position=4, token_ids=(9,), num_forced=1)
-    assert effects == [Commit((9,)), Allow(9), Send(head)]
     assert frames(drafted(session, 5)) == [
         make_draft(epoch=1, base_position=5, token_ids=(5,), draft_probs=(0.5,))
     ]
 
 
+def test_the_recovered_token_follows_what_the_drafts_law_leaves() -> None:
+    """P is even over 3 and 9; the draft's law has as much for 3, and nothing for 9."""
+    session = started(mode=SPLIT)
+    drafted(session, 7, 8)
+    even = make_rejection(token_ids=(3, 9), probs=(0.25, 0.75))
+    assert Commit((9,)) in rejected(session, even)
+
+
 def test_with_whole_rounds_it_heads_the_round() -> None:
     session = started(mode=SPLIT, fast_verify=False)
     drafted(session, 7, 8)
-    session.handle(
-        make_verdict(position=3, num_accepted=1, rejection=REJECTION, num_draft_tokens=2), 0.0
-    )
-    assert frames(session.handle(recovered(session, 9), 0.0)) == []
+    assert frames(rejected(session)) == []
     assert frames(drafted(session, 5, 6)) == [
         make_draft(
             epoch=1,
@@ -508,10 +512,7 @@ def test_with_whole_rounds_it_heads_the_round() -> None:
 def test_with_whole_rounds_and_no_draft_the_head_goes_before_the_probe() -> None:
     session = started(mode=SPLIT, fast_verify=False)
     drafted(session, 7, 8)
-    session.handle(
-        make_verdict(position=3, num_accepted=1, rejection=REJECTION, num_draft_tokens=2), 0.0
-    )
-    session.handle(recovered(session, 9), 0.0)
+    rejected(session)
     assert frames(session.handle(Exhausted(session.branch, 5), 0.0)) == [
         make_draft(epoch=1, base_position=4, token_ids=(9,), num_forced=1, end_of_round=True),
         make_draft(epoch=1, base_position=5, probe=1),
@@ -519,8 +520,10 @@ def test_with_whole_rounds_and_no_draft_the_head_goes_before_the_probe() -> None
 
 
 def test_a_recovered_token_may_be_the_last() -> None:
-    session = recovering()
-    assert session.handle(recovered(session, STOP), 0.0) == [
+    session = started(mode=SPLIT)
+    drafted(session, 7, 8)
+    assert rejected(session, STOPPING) == [
+        Commit((7,)),
         Commit((STOP,)),
         Send(Finish()),
         Finished(FinishReason.STOP),
@@ -528,15 +531,22 @@ def test_a_recovered_token_may_be_the_last() -> None:
 
 
 def test_probes_ask_for_fresh_tail_samples() -> None:
-    session = recovering()
-    assert session.handle(ProbeNeeded(session.branch, 4, attempt=1), 0.0) == [
-        Send(make_draft(epoch=1, base_position=4, probe=2))
+    session = started(mode=SPLIT)
+    drafted(session, 7, 8)
+    assert rejected(session, UNRESOLVED) == [
+        Commit((7,)),
+        Send(make_draft(epoch=1, base_position=4, probe=2)),
     ]
-    effects = session.handle(make_verdict(epoch=1, position=4, rejection=REJECTION), 0.0)
-    assert effects == [Recover(branch=3, position=4, rejection=REJECTION, attempt=1, judged=True)]
-    assert session.handle(ProbeNeeded(3, 4, attempt=2), 0.0) == [
-        Send(make_draft(epoch=2, base_position=4, probe=3))
-    ]
+    again = make_verdict(epoch=1, position=4, rejection=UNRESOLVED)
+    assert session.handle(again, 0.0) == [Send(make_draft(epoch=2, base_position=4, probe=3))]
+    effects = session.handle(make_verdict(epoch=2, position=4, rejection=RESOLVED), 0.0)
+    assert effects[:2] == [Commit((9,)), Rollback(branch=4, length=4, token_ids=(9,))]
+    assert frames(effects) == [make_draft(epoch=3, base_position=4, token_ids=(9,), num_forced=1)]
+
+
+def test_what_is_drafted_while_a_tail_sample_is_awaited_is_ignored() -> None:
+    session = probing()
+    assert session.handle(Drafted(branch=1, position=5, token_ids=(3,)), 0.0) == []
 
 
 def test_a_drafter_with_nothing_to_propose_probes_once() -> None:
@@ -546,7 +556,13 @@ def test_a_drafter_with_nothing_to_propose_probes_once() -> None:
     ]
     assert session.handle(Exhausted(session.branch, 3), 0.0) == []
     effects = session.handle(make_verdict(position=3, rejection=REJECTION), 0.0)
-    assert effects == [Recover(branch=2, position=3, rejection=REJECTION, attempt=0, judged=False)]
+    assert effects[:2] == [Commit((9,)), Rollback(branch=2, length=3, token_ids=(9,))]
+
+
+@pytest.mark.parametrize("assist", [AssistPolicy.ALWAYS, AssistPolicy.AUTO])
+def test_where_the_cloud_goes_on_nothing_has_to_be_asked_for(assist: AssistPolicy) -> None:
+    session = started(mode=SPLIT, assist=assist)
+    assert session.handle(Exhausted(session.branch, 3), 0.0) == []
 
 
 def test_it_probes_after_its_last_draft_is_judged() -> None:
@@ -597,49 +613,16 @@ def test_the_drafter_goes_on_within_the_window_while_the_link_is_gone() -> None:
         drafted(session, 11)
 
 
-def test_a_recovery_that_ends_while_the_link_is_gone_is_in_the_opening() -> None:
-    session = lost(recovering())
-    assert session.handle(recovered(session, 9), 0.0) == [Commit((9,)), Allow(9)]
-    (request,) = frames(session.handle(Resume(), 0.0))
-    assert request.output_token_ids.tolist() == [6, 7, 9]
-    assert request.probe == 0
-
-
-def test_the_opening_waits_for_the_drafters_answer() -> None:
-    session = reopening()
-    effects = session.handle(recovered(session, 9), 0.0)
-    (request,) = frames(effects)
-    assert request.output_token_ids.tolist() == [6, 7, 9]
-    assert session.state is EdgeState.DRAFTING
-
-
-@pytest.mark.parametrize("when", ["before", "after", "offline"])
-def test_a_pending_probe_becomes_the_openings(when: str) -> None:
-    session = recovering()
+def test_a_pending_probe_becomes_the_openings() -> None:
+    session = lost(probing())
     branch = session.branch
-    if when == "before":
-        session.handle(ProbeNeeded(branch, 4, attempt=1), 0.0)
-        session.handle(LinkLost(), 0.0)
-        effects = session.handle(Resume(), 0.0)
-    elif when == "offline":
-        session.handle(LinkLost(), 0.0)
-        assert session.handle(ProbeNeeded(branch, 4, attempt=1), 0.0) == []
-        effects = session.handle(Resume(), 0.0)
-    else:
-        session.handle(LinkLost(), 0.0)
-        session.handle(Resume(), 0.0)
-        effects = session.handle(ProbeNeeded(branch, 4, attempt=1), 0.0)
-    (request,) = frames(effects)
+    (request,) = frames(session.handle(Resume(), 0.0))
     assert request.probe == 2
     assert request.output_token_ids.tolist() == [6, 7]
     session.handle(dataclasses.replace(OPENED, first_position=4), 0.0)
-    effects = session.handle(make_verdict(position=4, rejection=REJECTION), 0.0)
-    assert effects == [
-        Recover(branch=branch + 1, position=4, rejection=REJECTION, attempt=1, judged=True)
-    ]
-    assert frames(session.handle(recovered(session, 9), 0.0)) == [
-        make_draft(base_position=4, token_ids=(9,), num_forced=1)
-    ]
+    effects = session.handle(make_verdict(position=4, rejection=RESOLVED), 0.0)
+    assert effects[:2] == [Commit((9,)), Rollback(branch=branch + 1, length=4, token_ids=(9,))]
+    assert frames(effects) == [make_draft(base_position=4, token_ids=(9,), num_forced=1)]
 
 
 def test_an_unanswered_exhaustion_probe_is_given_up_with_its_link() -> None:
@@ -650,13 +633,6 @@ def test_an_unanswered_exhaustion_probe_is_given_up_with_its_link() -> None:
     session.handle(dataclasses.replace(OPENED, first_position=3), 0.0)
     effects = session.handle(make_verdict(position=3, token_ids=(8,)), 0.0)
     assert effects[:2] == [Commit((8,)), Rollback(branch=2, length=3, token_ids=(8,))]
-
-
-def test_a_generation_may_end_without_a_link() -> None:
-    session = lost(recovering())
-    effects = session.handle(recovered(session, STOP), 0.0)
-    assert effects == [Commit((STOP,)), Finished(FinishReason.STOP)]
-    assert session.handle(Resume(), 0.0) == []
 
 
 def test_cancelling_tells_the_cloud_once() -> None:
@@ -738,6 +714,23 @@ def test_lengths_change_in_the_middle() -> None:
     assert session.handle(SetLength(4, 2), 0.0) == []  # what was allowed stays allowed
 
 
+def test_a_window_of_0_stops_the_drafter() -> None:
+    session = started(mode=SPLIT, assist=AssistPolicy.AUTO)
+    drafted(session, 7)
+    assert session.handle(SetLength(2, 0), 0.0) == [Allow(3)]
+    assert frames(drafted(session, 8))  # it was under way
+    effects = session.handle(make_verdict(position=3, num_accepted=2, token_ids=(4,)), 0.0)
+    assert effects == [Commit((7, 8, 4)), Rollback(branch=2, length=5, token_ids=(4,))]
+    assert session.handle(SetLength(2, 4), 0.0) == [Allow(10)]
+
+
+def test_a_window_may_be_0_from_the_start() -> None:
+    session = started(mode=SPLIT, assist=AssistPolicy.AUTO, window=0)
+    assert session.allowance.limit == 0
+    assert session.handle(SetLength(2, 4), 0.0) == [Allow(7)]
+    assert [frame.token_ids for frame in frames(drafted(session, 7))] == [(7,)]
+
+
 def test_lengths_beyond_the_clouds_limits_are_capped() -> None:
     session = started(mode=SPLIT)
     assert session.handle(SetLength(99, 9999), 0.0) == [Allow(22)]  # all there is to generate
@@ -776,10 +769,9 @@ def test_a_log_replays_a_run() -> None:
             Start(),
             OPENED,
             make_verdict(position=2, token_ids=(6,)),
-            Drafted(branch=1, position=3, token_ids=(7, 8), probs=(0.5, 0.5)),
-            make_verdict(position=3, num_accepted=1, rejection=REJECTION, num_draft_tokens=2),
+            Drafted(branch=1, position=3, token_ids=(7, 8), laws=(make_law(7), make_law(8))),
+            make_verdict(position=3, num_accepted=1, rejection=UNRESOLVED, num_draft_tokens=2),
             SetLength(3, 9),
-            ProbeNeeded(2, 4, attempt=1),
             LinkLost(),
             Resume(),
             Cancel(),
@@ -818,7 +810,7 @@ def test_validation_sees_an_output_that_was_tampered_with() -> None:
 
 def test_validation_sees_a_state_that_does_not_fit() -> None:
     session = drafting()
-    session.state = EdgeState.RECOVERING
+    session.state = EdgeState.PROBING
     with pytest.raises(AssertionError, match="the chain grows only while drafting"):
         session.validate()
     session.state = EdgeState.OFFLINE
@@ -834,6 +826,6 @@ def test_validation_sees_a_chain_that_forgets_to_move(monkeypatch: pytest.Monkey
 
 def test_validation_sees_drafts_beyond_what_was_allowed() -> None:
     session = drafting()
-    session.chain.extend((7,) * 9, (0.5,) * 9)
+    session.chain.extend((7,) * 9, (make_law(7),) * 9)
     with pytest.raises(AssertionError, match="no draft is beyond the limit"):
         session.validate()

@@ -12,7 +12,6 @@ from picospec.errors import RemoteOrderError, RemoteProtocolError
 from picospec.protocol import validation
 from picospec.protocol.messages import (
     EMPTY_TOKENS,
-    AssistPolicy,
     Draft,
     FinishReason,
     Limits,
@@ -84,7 +83,6 @@ def test_a_good_opening_passes(mode: VerificationMode) -> None:
         ({"stop_token_ids": (WIDTH,)}, "stop_token_ids"),
         ({"sparse_k": 0}, "sparse_k"),  # all of P: more than is given out here
         ({"sparse_k": 17}, "sparse_k"),
-        ({"assist": AssistPolicy.IDLE}, "assist"),
         ({"probe": validation.MAX_PROBE + 1}, "probe"),
         ({"mode": COUPLED, "probe": 1}, "probe"),
     ],

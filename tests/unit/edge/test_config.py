@@ -5,7 +5,7 @@ import pytest
 from edge_agent.config import ENV_PREFIX, EdgeConfig, check_combination, read
 from picospec.config import redacted
 from picospec.errors import ConfigError
-from picospec.protocol.messages import AssistPolicy, VerificationMode
+from picospec.protocol.messages import AssistPolicy
 
 MODEL = ["--drafter.model", "draft"]
 
@@ -15,7 +15,8 @@ def test_defaults() -> None:
     assert (config.server.host, config.server.port) == ("127.0.0.1", 8080)
     assert config.cloud.address == "127.0.0.1:50051"
     assert config.drafter.backend == "onnx"
-    assert config.speculation.mode is VerificationMode.SPLIT
+    assert config.speculation.mode == "auto"
+    assert config.speculation.assist is AssistPolicy.AUTO
     assert config.tokenizer_folder.name == "draft"
 
 
@@ -52,7 +53,7 @@ def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path) -> N
             ["--speculation.window", "2", "--speculation.draft_length", "4"],
             ["speculation.window", "draft_length"],
         ),
-        (["--speculation.assist", "always"], ["speculation.assist", "coupled"]),
+        (["--speculation.assist", "always"], ["speculation.assist", "speculation.mode"]),
     ],
 )
 def test_a_wrong_value_names_key_value_and_what_is_allowed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -18,22 +19,17 @@ import numpy as np
 import pytest
 
 from edge_agent.drafting import process
+from edge_agent.drafting.context import DraftContext
 from edge_agent.drafting.ipc import WorkerChannel, encode
 from edge_agent.drafting.messages import ContextFailed, ContextSpec, DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.drafting.scripted import SCRIPT_FILE, ScriptedDrafting, pseudo_model
 from edge_agent.drafting.worker import DraftWorker
 from picospec.errors import CapacityError, DrafterFailed
-from picospec.protocol.drafting import (
-    Allow,
-    Drafted,
-    Exhausted,
-    ProbeNeeded,
-    Recover,
-    Recovered,
-    Rollback,
-)
+from picospec.protocol.drafting import Allow, Drafted, Exhausted, Rollback
 from picospec.protocol.messages import Rejection, SamplingParams, VerificationMode
+from picospec.sampling.distribution import Distribution
+from picospec.sampling.rejection import RejectionSampler
 
 WIDTH, MODEL_SEED = 32, 3
 WINDOW = 6
@@ -75,16 +71,15 @@ class Chat:
     """A generation whose verdicts are a function of the position, so that a run can be repeated.
 
     Positions divisible by 4 are rejected: in split mode the token is recovered from a sparse law
-    with a fat tail (so probes happen), in coupled mode replaced.
+    with a fat tail, by the law that came with the draft, in coupled mode replaced.
     """
 
     def __init__(self, drafting, spec: ContextSpec) -> None:
         self.spec = spec
         self.text = spec.token_ids.tolist()  # committed
-        self.drafts: list[tuple[int, tuple[float, ...]]] = []
+        self.drafts: list[tuple[int, tuple[Distribution, ...]]] = []
         self.probs: list[float] = []  # of accepted drafts
         self.branch = 0
-        self.probes = 0
         self.failed: ContextFailed | None = None
         self.done = asyncio.Event()
         self.context = drafting.open(spec, self.on_event)
@@ -98,62 +93,48 @@ class Chat:
         assert event.branch == self.branch
         if isinstance(event, Drafted):
             assert event.position == len(self.text) + len(self.drafts)
-            self.drafts.append((event.token_ids[0], event.probs))
+            self.drafts.append((event.token_ids[0], event.laws))
             if len(self.drafts) == WINDOW:  # judge a whole window at once
                 self.judge()
-        elif isinstance(event, ProbeNeeded):
-            self.probes += 1
-            self.recover(event.attempt)
-        elif isinstance(event, Recovered):
-            assert event.position == len(self.text)
-            self.commit(event.token_id)
-            self.context.send(Allow(len(self.text) + WINDOW))
         if len(self.text) >= NUM_TOKENS:
             self.context.close()
             self.done.set()
 
     def judge(self) -> None:
-        for token_id, probs in self.drafts:
+        for token_id, laws in self.drafts:
             if len(self.text) % 4 == 0:
                 self.branch += 1
                 self.drafts = []
-                if self.spec.mode is VerificationMode.COUPLED:
-                    self.context.send(
-                        Rollback(branch=self.branch, length=len(self.text), token_ids=(7,))
-                    )
-                    self.commit(7)
-                else:
-                    self.recover(0, rollback=False)
-                    return
+                coupled = self.spec.mode is VerificationMode.COUPLED
+                recovered = 7 if coupled else self.recovered(laws[0])
+                self.context.send(
+                    Rollback(branch=self.branch, length=len(self.text), token_ids=(recovered,))
+                )
+                self.commit(recovered)
                 break
-            self.probs += probs
+            self.probs += [law.prob(token_id) for law in laws]
             self.commit(token_id)
         else:
             self.drafts = []
         self.context.send(Allow(len(self.text) + WINDOW))
 
-    def recover(self, attempt: int, rollback: bool = True) -> None:
-        self.branch += rollback
+    def recovered(self, law: Distribution) -> int:
         position = len(self.text)
         # Tail samples the drafter itself favours, so that some are refused.
         logits = pseudo_model(WIDTH, MODEL_SEED)(np.array(self.text))
-        tail_token = int(np.argsort(-logits)[attempt % 3])
-        rejection = Rejection(
-            token_ids=np.array([30, 31], np.int32),
-            probs=np.array([0.1, 0.1], np.float32),
-            tail_mass=0.8,
-            tail_token_id=tail_token,
-            tail_prob=0.2,
-        )
-        self.context.send(
-            Recover(
-                branch=self.branch,
-                position=position,
-                rejection=rejection,
-                attempt=attempt,
-                judged=True,
+        for attempt in itertools.count():
+            rejection = Rejection(
+                token_ids=np.array([30, 31], np.int32),
+                probs=np.array([0.1, 0.1], np.float32),
+                tail_mass=0.8,
+                tail_token_id=int(np.argsort(-logits)[attempt % 3]),
+                tail_prob=0.2,
             )
-        )
+            sampler = RejectionSampler(self.spec.sampling.seed, position, law)
+            token_id = sampler.offer(rejection, attempt)
+            if token_id is not None:
+                return token_id
+        raise AssertionError
 
     def commit(self, token_id: int) -> None:
         self.text.append(token_id)
@@ -219,7 +200,6 @@ async def test_rebuilt_contexts_go_on_where_the_events_left_off(seed):
 
 async def test_process_and_double_draft_the_same(script_spec):
     expected = await undisturbed()
-    assert sum(chat.probes for chat in expected) > 3
     async with running(script_spec()) as drafting:
         assert drafting.logits_width == WIDTH
         chats = [Chat(drafting, spec) for spec in SPECS]
@@ -272,29 +252,18 @@ async def test_a_worker_that_finishes_its_turns_is_left_alone(script_spec):
         assert drafting.problem == ""
 
 
-async def test_worker_killed_while_a_probe_is_out(script_spec):
-    async with running(script_spec()) as drafting:
-        events = []
-        context = drafting.open(context_spec(), events.append)
-        context.send(Allow(5))
-        await until(lambda: len(events) == 2)
-        certain_tail = Rejection(
-            token_ids=np.array([3], np.int32),
-            probs=np.zeros(1, np.float32),
-            tail_mass=1.0,
-            tail_token_id=events[0].token_ids[0],
-            tail_prob=1e-9,
-        )
-        context.send(Recover(branch=1, position=3, rejection=certain_tail, attempt=0, judged=True))
-        await until(lambda: len(events) == 3)
-        assert events[2] == ProbeNeeded(branch=1, position=3, attempt=1)
-        os.kill(drafting.pid, signal.SIGKILL)
-        await until(lambda: drafting.restarts == 1)
-        await asyncio.sleep(0.05)
-        assert len(events) == 3  # waits for the probe's answer as before
-        context.send(Recover(branch=2, position=3, rejection=certain_tail, attempt=1, judged=True))
-        await until(lambda: len(events) > 3)
-        assert events[3] == ProbeNeeded(branch=2, position=3, attempt=2)
+def test_a_drafter_that_is_stopped_hears_of_rollbacks_when_it_goes_on() -> None:
+    sent = []
+    context = DraftContext(1, context_spec(), print, lambda _id, command: sent.append(command))
+    context.send(Allow(3))
+    del sent[:]
+    for branch, token_id in enumerate((7, 8, 9), 1):
+        context.send(Rollback(branch=branch, length=2 + branch, token_ids=(token_id,)))
+    assert sent == []
+    context.send(Allow(8))
+    assert sent == [Rollback(branch=3, length=3, token_ids=(7, 8, 9)), Allow(8)]
+    context.send(Rollback(branch=4, length=6, token_ids=(5,)))
+    assert sent[2:] == [Rollback(branch=4, length=6, token_ids=(5,))]
 
 
 async def test_too_many_deaths_fail_the_chats_then_it_is_tried_again(script_spec, monkeypatch):
@@ -504,8 +473,7 @@ async def test_a_message_that_has_begun_is_waited_for() -> None:
         await writer
 
 
-async def test_waiting_for_a_rejection_is_no_drafting(script_spec) -> None:
-    """A recovered token is drawn while the command is handled, after a wait of any length."""
+async def test_waiting_is_no_drafting(script_spec) -> None:
     async with running(script_spec()) as drafting:
         events = []
         context = drafting.open(context_spec(), events.append)
@@ -513,7 +481,6 @@ async def test_waiting_for_a_rejection_is_no_drafting(script_spec) -> None:
         await until(lambda: len(events) == WINDOW)
         before_s, waited_s = drafting.drafting_s, 0.5
         await asyncio.sleep(waited_s)
-        certain = Rejection(np.array([7], np.int32), np.ones(1, np.float32))
-        context.send(Recover(branch=1, position=3, rejection=certain, attempt=0, judged=True))
-        await until(lambda: any(isinstance(event, Recovered) for event in events))
+        context.send(Rollback(branch=1, length=3, token_ids=(7,)))
+        await until(lambda: events[-1].branch == 1)
         assert drafting.drafting_s - before_s < waited_s / 2

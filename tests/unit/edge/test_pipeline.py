@@ -27,6 +27,7 @@ from picospec.errors import (
     RemoteOrderError,
 )
 from picospec.protocol.messages import (
+    AssistPolicy,
     EdgeFrame,
     Finish,
     FinishReason,
@@ -65,8 +66,14 @@ class ToyCloud:
     """
 
     def __init__(
-        self, language: Language, seed: int, faults: list[tuple[int, PicoSpecError]] | None = None
+        self,
+        language: Language,
+        seed: int,
+        faults: list[tuple[int, PicoSpecError]] | None = None,
+        *,
+        goes_on: bool = False,
     ) -> None:
+        """`goes_on`: it decodes alone wherever the edge lets it."""
         self.scenario = Scenario(
             language,
             SpeculationPolicy(),
@@ -76,7 +83,7 @@ class ToyCloud:
             times=Times(step=0.0005, prefill=0.001),
             over_the_wire=False,
         )
-        self.faults = Faults()
+        self.faults = Faults(take_over=float(goes_on))
         self.card = CARD
         self.clock = LoopClock()
         self.rng = random.Random(seed)
@@ -85,7 +92,7 @@ class ToyCloud:
         self._faults = iter(faults or [])
 
     def chance(self, rate: float) -> bool:
-        return False
+        return rate == 1.0
 
     def vary(self, delay: float) -> float:
         return delay
@@ -387,7 +394,34 @@ async def test_failures_before_the_start_reach_the_reader() -> None:
 
 
 @pytest.mark.usefixtures("no_task_left")
-async def test_a_drafter_that_fails_ends_the_generation() -> None:
+@pytest.mark.parametrize("mode", list(VerificationMode))
+@pytest.mark.parametrize("after", [0, 1, 4])
+async def test_without_its_drafter_an_answer_goes_on(mode: VerificationMode, after: int) -> None:
+    cloud, drafting = ToyCloud(GREEDY, 0, goes_on=True), drafter_of(GREEDY)
+    policy = SpeculationPolicy(mode, assist=AssistPolicy.AUTO, window=4)
+    generator = SpeculativeGenerator(cloud.link, drafting, lambda: CARD, policy)
+    generation = generator.generate(replace(request_of(), sampling=GREEDY.params))
+    chunks = []
+    async for chunk in generation:
+        chunks.append(chunk)
+        if len(chunks) == after + 1:
+            for context in list(drafting.contexts.values()):
+                context.deliver(ContextFailed(DrafterFailed("out of memory")))
+    assert text_of(chunks) == decode(GREEDY, PROMPT, 0, 40, ())
+    assert drafting.open_contexts == 0
+
+
+async def test_without_a_free_context_an_answer_goes_on() -> None:
+    cloud = ToyCloud(GREEDY, 0, goes_on=True)
+    drafting = ScriptedDrafting(lambda text: None, logits_width=VOCAB, max_contexts=0)
+    policy = SpeculationPolicy(SPLIT, assist=AssistPolicy.AUTO)
+    generator = SpeculativeGenerator(cloud.link, drafting, lambda: CARD, policy)
+    chunks = await collect(generator.generate(replace(request_of(), sampling=GREEDY.params)))
+    assert text_of(chunks) == decode(GREEDY, PROMPT, 0, 40, ())
+
+
+@pytest.mark.usefixtures("no_task_left")
+async def test_a_drafter_that_fails_ends_a_generation_that_the_cloud_waits_in() -> None:
     link, drafting = ScriptedLink(), drafter_of(LANGUAGE)
     generator = SpeculativeGenerator(link, drafting, lambda: CARD, SpeculationPolicy())
     reader = asyncio.create_task(collect(generator.generate(request_of())))

@@ -21,12 +21,11 @@ import torch
 from cloud_server.engine.judging import torch_noise, verification
 from cloud_server.engine.judging.torch_sampling import TargetDistribution
 from cloud_server.engine.judging.verification import StepKind, VerificationParams, verify
-from edge_agent.drafting import rejection
-from edge_agent.drafting.rejection import MAX_TAIL_ATTEMPTS, RejectionSampler
 from picospec.protocol.messages import Rejection, SamplingParams, VerificationMode
+from picospec.sampling import rejection
 from picospec.sampling.distribution import Distribution
 from picospec.sampling.noise import Purpose
-from picospec.sampling.rejection import residual
+from picospec.sampling.rejection import MAX_TAIL_ATTEMPTS, RejectionSampler, residual
 from tests.support.builders import make_rejection
 
 Law = dict[Hashable, float]
