@@ -34,8 +34,9 @@ GAIN_MIN = 0.02  # drafting must bring this much more
 ENOUGH_S = {True: 0.8, False: 0.4}  # of generation time to know an arm by; drafting is the noisier
 ENOUGH_TOKENS = 12
 LOOK_TIMEOUT_S = 4.0  # for an arm that makes no tokens to judge it by
-LOOK_INTERVAL_S = 8.0  # to the other arm; doubles while nothing changes
-LOOK_INTERVAL_MAX_S = 128.0
+LOOK_COST = 0.01  # of the speed, that looks at the slower arm may take at first, ...
+LOOK_INTERVAL_MIN_S, LOOK_INTERVAL_MAX_S = 8.0, 256.0  # ... less while nothing changes
+PAUSE_S, PAUSE_MAX_S = 2.0, 16.0  # of one generation whose own drafts do not pay; doubles
 OTHER_MODE_EVERY = 12  # generations, while the other mode is not far behind
 FAR_BEHIND = 0.85
 
@@ -107,7 +108,7 @@ class Choice:
     looked_s: float = 0.0  # generation time of the look so far
     looked_tokens: int = 0
     next_look_s: float = -math.inf
-    interval_s: float = LOOK_INTERVAL_S
+    num_confirmed: int = 0  # looks in a row at an arm that was still the slower one
 
     def update(self, on: Rate, off: Rate, now: float) -> None:
         """Decide, unless a look is under way."""
@@ -129,10 +130,13 @@ class Choice:
     def _end_look(self, on: Rate, off: Rate, now: float) -> None:
         confirmed = self.drafts is not _pays(on, off)  # the arm looked at is still the slower one
         self.looks_since_s = None
-        self.interval_s = (
-            min(2 * self.interval_s, LOOK_INTERVAL_MAX_S) if confirmed else LOOK_INTERVAL_S
+        self.num_confirmed = self.num_confirmed + 1 if confirmed else 0
+        slower, faster = sorted((on.per_second, off.per_second))
+        loss = 1.0 - slower / faster if faster else 0.0
+        interval_s = max(LOOK_INTERVAL_MIN_S, self.looked_s * loss / LOOK_COST)
+        self.next_look_s = now + min(
+            interval_s * 2.0 ** min(self.num_confirmed, 8), LOOK_INTERVAL_MAX_S
         )
-        self.next_look_s = now + self.interval_s
 
     def sampled(self, tokens: int, seconds: float) -> None:
         self.looked_s += seconds
@@ -231,6 +235,10 @@ class AutoCourse:
     _drafts: bool | None = None
     _changed_s: float = -math.inf  # when it began or ceased to draft
     _heard_s: float | None = None  # the last verdict
+    _own_tokens: int = 0  # with drafts, of late
+    _own_s: float = 0.0
+    _paused_until_s: float = -math.inf
+    _pause_s: float = PAUSE_S
     _last: DraftPlan = field(default_factory=lambda: DraftPlan(DRAFT_LENGTH_MAX, 0))
 
     def plan(self, now: float) -> DraftPlan:
@@ -239,6 +247,8 @@ class AutoCourse:
         arms, choice = estimates.arms(setting), control.choice(setting)
         choice.update(arms[Arm(self.mode.value)], arms[Arm.OFF], now)
         drafts = choice.drafts and self.draft_budget > 0
+        if drafts and choice.looks_since_s is None:
+            drafts = not self._is_paused(arms[Arm.OFF], now)
         if drafts is not self._drafts:
             if self._drafts is not None:
                 self._changed_s = now
@@ -247,6 +257,20 @@ class AutoCourse:
         if bool(window) is not bool(self._last.window) or abs(window - self._last.window) > 1:
             self._last = DraftPlan(DRAFT_LENGTH_MAX, window)
         return self._last
+
+    def _is_paused(self, off: Rate, now: float) -> bool:
+        """Whether the drafts for this text, which may be a hard one, do not pay."""
+        if now < self._paused_until_s:
+            return True
+        if self._own_s >= ENOUGH_S[True] and self._own_tokens >= ENOUGH_TOKENS:
+            pays = _pays(Rate(self._own_tokens, self._own_s), off)
+            self._own_tokens, self._own_s = 0, 0.0
+            if not pays:
+                self._paused_until_s = now + self._pause_s
+                self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
+                return True
+            self._pause_s = PAUSE_S
+        return False
 
     def heard(
         self, verdict: Verdict, num_tokens: int, round_trip_s: float | None, now: float
@@ -279,6 +303,9 @@ class AutoCourse:
         arm = Arm(self.mode.value) if self._drafts else Arm.OFF
         setting = self.control.setting(batch_size=self.batch_size, sampled=self.sampled)
         estimates.arms(setting)[arm].add(num_tokens, seconds)
+        if self._drafts:
+            self._own_tokens += num_tokens
+            self._own_s += seconds
         choice = self.control.choice(setting)
         if choice.drafts is self._drafts:
             choice.sampled(num_tokens, seconds)

@@ -93,7 +93,8 @@ class VerificationScheduler(Scheduler):
         if isinstance(value, list):
             for delivery in value:
                 self._deliver(delivery)
-            self._report()
+            if self._events:
+                self._report()
             return
         super().add_request(request)
         if value is not None:
@@ -166,11 +167,9 @@ class VerificationScheduler(Scheduler):
         self._events.setdefault(session.request.request_id, []).extend(events)
 
     def _report(self) -> None:
-        """Send what has happened, if anything has, and when to wake the engine."""
-        until_s = self._wait.until_s
-        if self._events or until_s:
-            events, self._events = self._events, {}
-            self._reports.send(EngineReport(events, self._stats(), until_s))
+        """Send what has happened, and when to wake the engine."""
+        events, self._events = self._events, {}
+        self._reports.send(EngineReport(events, self._stats(), self._wait.until_s))
 
     def _fail(self, session: EngineSession, error: NumericalError) -> None:
         self.finish_requests(session.request.request_id, RequestStatus.FINISHED_ERROR)
@@ -236,7 +235,8 @@ class VerificationScheduler(Scheduler):
                 self._wait.expired()
             self._wait.clear()
         self._use_rows(occasion)
-        self._report()
+        if self._events:
+            self._report()
         self._planner.compose(
             self._ready.resident(),
             current_step=self.current_step,

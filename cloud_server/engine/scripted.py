@@ -191,9 +191,12 @@ class _Sequence:
             self.timer.cancel()
             self.timer = None
 
+    @property
+    def _goes_on_alone(self) -> bool:
+        return self.request.assist is not AssistPolicy.NEVER and not self.queue.is_edges_turn
+
     def _schedule(self) -> None:
-        assists = self.request.assist is not AssistPolicy.NEVER
-        if not self.busy and (self.first or self.queue.has_work or assists):
+        if not self.busy and (self.first or self.queue.has_work or self._goes_on_alone):
             loop = asyncio.get_running_loop()
             self.timer = loop.call_later(self.engine.step_s, self._step)
 
@@ -204,7 +207,8 @@ class _Sequence:
             verdict = self._prefill()
         else:
             work = self.queue.take(self.engine.card.limits.max_draft_tokens)
-            verdict = self._judge(work or Work(self.queue.epoch, len(self.committed)))
+            alone = Work(self.queue.epoch, len(self.committed))
+            verdict = self._judge(work) if work is not None else self._commit(alone, 0, own=1)
         self._emit(verdict)
         if verdict.finish_reason is None:
             self._schedule()
@@ -248,7 +252,7 @@ class _Sequence:
             else:
                 num_own += 1
             reason = self._finish_reason()
-        if self.request.mode is VerificationMode.COUPLED:
+        if own:
             self.queue.judged()
         return Verdict(
             work.epoch, work.position, accepted, tuple(self.committed[work.position + accepted :]),

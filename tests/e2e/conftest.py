@@ -14,7 +14,12 @@ from tests.support.daemons import Cloud, Daemons, Edge, until
 HERE = Path(__file__).parent
 TIMEOUT_S = 900  # a machine without models makes them first
 DAEMONS = pytest.StashKey[Daemons]()
-MODES = ("split", "coupled")
+MODES = {
+    "auto": ("--speculation.mode", "auto"),
+    # The cloud waits, so that a seed says what the text is.
+    "split": ("--speculation.mode", "split", "--speculation.assist", "never"),
+    "coupled": ("--speculation.mode", "coupled"),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,9 +67,9 @@ def edges(daemons: Daemons, models: Path, cloud: Cloud) -> dict[str, Edge]:
     edges = {
         mode: daemons.start_edge(
             f"edge-{mode}", cloud,
-            "--drafter.model", str(models / "draft-int4"), "--speculation.mode", mode,
+            "--drafter.model", str(models / "draft-int4"), *flags,
         )
-        for mode in MODES
+        for mode, flags in MODES.items()
     }  # fmt: skip
     for edge in edges.values():
         until(edge.is_healthy)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+import signal
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_agent.control import AdaptiveLength
+from edge_agent.control import AutoControl
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
+from edge_agent.estimates import Estimates
 from edge_agent.generation import GenerationRequest
 from edge_agent.link import CloudLink
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
-from picospec.performance.controller import DraftLengthController, DraftPlan
-from picospec.performance.costs import Scheme
-from picospec.protocol.messages import ModelCard, SamplingParams, VerificationMode
-from tests.support.builders import GREEDY
+from picospec.protocol.messages import AssistPolicy, ModelCard, SamplingParams, VerificationMode
+from tests.support.builders import COUPLED, GREEDY
 from tests.support.machine import edge_core, model_folder
 from tests.support.stock import generate_greedily
 
@@ -121,6 +121,7 @@ async def generate(
             sampling=sampling,
             max_tokens=NUM_TOKENS,
             stop_token_ids=(),
+            seeded=True,
         )
     )
     token_ids: list[int] = []
@@ -172,11 +173,6 @@ async def test_greedy_text_is_vllms(
     assert np.mean(rates) > floor, "the drafts do not help: something is misaligned"
 
 
-def adaptive_control(policy: SpeculationPolicy) -> Callable[[], DraftLengthController]:
-    initial = DraftPlan(policy.draft_length, policy.window)
-    return lambda: AdaptiveLength(initial, Scheme())
-
-
 SWITCHES: dict[str, dict[str, Any]] = {
     "sequential": {"parallel_draft": False},
     "whole rounds": {"fast_verify": False},
@@ -197,9 +193,8 @@ async def test_no_switch_changes_the_text(
     sampling = SamplingParams(temperature=temperature, seed=11)
     async with drafting("draft-int4") as process:
 
-        async def text(name: str, policy: SpeculationPolicy, adaptive: bool = False) -> list[int]:
-            control = adaptive_control(policy) if adaptive else None
-            generator = SpeculativeGenerator(link, process, lambda: card, policy, control=control)
+        async def text(name: str, policy: SpeculationPolicy) -> list[int]:
+            generator = SpeculativeGenerator(link, process, lambda: card, policy)
             token_ids, _ = await generate(generator, prompts[0], name, sampling)
             return token_ids
 
@@ -208,7 +203,49 @@ async def test_no_switch_changes_the_text(
             assert usual == expected[0]
         for name, options in SWITCHES.items():
             assert await text("switched", SpeculationPolicy(**options)) == usual, name
-        assert await text("adaptive", SpeculationPolicy(), adaptive=True) == usual
+    await link.close()
+
+
+@pytest.mark.parametrize("assist", [AssistPolicy.AUTO, AssistPolicy.ALWAYS])
+@pytest.mark.parametrize("mode", list(VerificationMode))
+async def test_a_cloud_that_takes_over_changes_no_greedy_text(
+    mode: VerificationMode,
+    assist: AssistPolicy,
+    cloud_address: str,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+) -> None:
+    link = CloudLink(cloud_address)
+    card = await link.get_model()
+    policy = SpeculationPolicy(mode, assist=assist)
+    async with drafting("draft-int4") as process:
+        generator = SpeculativeGenerator(link, process, lambda: card, policy)
+        answers = await asyncio.gather(
+            *(generate(generator, prompt, f"taken-over-{n}") for n, prompt in enumerate(prompts))
+        )
+    assert [token_ids for token_ids, _ in answers] == expected[: len(answers)]
+    await link.close()
+
+
+async def test_auto_keeps_what_a_seed_says(
+    cloud_address: str, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """Whatever is drafted, or not; with the drafter stopped in the middle, too."""
+    link = CloudLink(cloud_address)
+    card = await link.get_model()
+    policy = SpeculationPolicy(COUPLED, assist=AssistPolicy.AUTO)
+    warm = SamplingParams(temperature=0.8, seed=3)
+    async with drafting("draft-int4") as process:
+        control = AutoControl(Estimates(), tuple(VerificationMode))
+        auto = SpeculativeGenerator(link, process, lambda: card, policy, control=control)
+        greedy, _ = await generate(auto, prompts[0], "auto")
+        assert greedy == expected[0]
+        texts = [await generate(auto, prompts[1], f"auto-{n}", warm) for n in range(3)]
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        texts.append(await generate(auto, prompts[1], "stopped", warm))
+        os.kill(process.pid, signal.SIGCONT)
+    assert len({tuple(token_ids) for token_ids, _ in texts}) == 1
     await link.close()
 
 

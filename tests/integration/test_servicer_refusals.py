@@ -11,7 +11,7 @@ import pytest
 
 from cloud_server.engine.scripted import ScriptedEngine
 from picospec.protocol import codec
-from picospec.protocol.messages import AssistPolicy, Draft
+from picospec.protocol.messages import Draft
 from picospec.v1 import speculation_pb2 as pb
 from tests.support.builders import SAMPLED, SPLIT, make_open
 from tests.support.cloud import Cloud, RawStream, running_cloud
@@ -53,7 +53,6 @@ BAD_OPENS: list[tuple[dict[str, Any], str, str]] = [
     # 0 asks for all of P, which is more than 1024 pairs of a wide model.
     ({"mode": SPLIT, "sparse_k": 2**31}, INVALID, "open.sparse_k"),
     ({"mode": SPLIT, "sparse_k": 1025}, INVALID, "open.sparse_k"),
-    ({"mode": SPLIT, "assist": AssistPolicy.ALWAYS}, INVALID, "open.assist"),
     ({"probe": 1}, INVALID, "open.probe"),
     *(
         ({"sampling": replace(SAMPLED, **{name: value})}, INVALID, f"open.sampling.{name}")

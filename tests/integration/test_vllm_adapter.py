@@ -6,6 +6,7 @@ which of our files stands on it. Line numbers in the texts are of vLLM 0.32.0.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import pickle
 from collections.abc import Callable
@@ -24,22 +25,22 @@ from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.sched.utils import check_stop
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
-from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient, MPClient
-from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
+from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
+from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.sample.rejection_sampler import RejectionSampler
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode import custom_class_proposer
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from cloud_server.engine.envelope import EngineReport, VerificationOutputs
+from cloud_server.engine.envelope import EngineReport
 from cloud_server.engine.interface import EngineStats, Prefilled
+from cloud_server.engine.reports import ReportReceiver, ReportSender
 from cloud_server.engine.scheduler import VerificationScheduler
 from cloud_server.engine.worker import VerificationRunner, VerificationWorker
 from picospec.errors import NumericalError
@@ -225,26 +226,6 @@ def test_methods_we_call(method: Callable[..., Any], arguments: tuple[str, ...])
             "what the engine asks; scheduler.has_unfinished_requests answers",
         ),
         (
-            MPClient.__init__,
-            "self.decoder = MsgpackDecoder(EngineCoreOutputs)",
-            "client.start puts a decoder of VerificationOutputs in its place",
-        ),
-        (
-            AsyncMPClient._ensure_output_queue_task,
-            "decoder = self.decoder",
-            "the reader, which starts in the event loop, uses that decoder",
-        ),
-        (
-            AsyncMPClient._ensure_output_queue_task,
-            "if outputs.outputs or outputs.scheduler_stats:",
-            "a report without vLLM's outputs is passed on: the statistics are always there",
-        ),
-        (
-            Scheduler.update_from_output,
-            "engine_core_outputs[0] = eco = EngineCoreOutputs() eco.scheduler_stats = stats",
-            "with statistics on, the first client's outputs carry them in every step",
-        ),
-        (
             EngineCore.step,
             "self._process_aborts_queue() engine_core_outputs = self.scheduler.update_from_output(",
             "a session may be aborted between schedule and update: it is then not in _sessions",
@@ -367,32 +348,34 @@ def test_messages_carry_what_we_put_in_them() -> None:
     assert {FinishReason.STOP, FinishReason.LENGTH} <= set(FinishReason)
 
 
-def test_our_message_to_the_client_extends_vllms() -> None:
-    """envelope.VerificationOutputs, through the encoder and the decoder that vLLM uses."""
-    theirs = EngineCoreOutputs(
-        outputs=[EngineCoreOutput("r", [7], finish_reason=FinishReason.STOP)],
-        scheduler_stats=SchedulerStats(num_running_reqs=3),
-        finished_requests={"r"},
-    )
+def test_a_report_comes_through_its_own_socket() -> None:
+    """reports.py: whatever the scheduler says reaches the client, in order."""
+
+    async def exchange() -> list[EngineReport]:
+        receiver = ReportReceiver()
+        sender = ReportSender(receiver.address)
+        for report in reports:
+            sender.send(report)
+        try:
+            return [await receiver.receive() for _ in reports]
+        finally:
+            receiver.close()
+
     verdict = make_verdict(position=4, token_ids=(7,))
-    report = EngineReport(
-        events={"r": [Prefilled(first_position=4), verdict], "s": [NumericalError("NaN")]},
-        stats=EngineStats(steps=2),
-    )
-    frames = MsgpackEncoder().encode(VerificationOutputs.of(theirs, report))
-    decoded = MsgpackDecoder(VerificationOutputs).decode(frames)
-    assert decoded.outputs == theirs.outputs
-    assert decoded.finished_requests == {"r"}
-    assert decoded.timestamp == theirs.timestamp
-    assert decoded.scheduler_stats.num_running_reqs == 3
-    opened = decoded.open_report()
-    assert opened.stats == report.stats
-    assert opened.events["r"] == report.events["r"]
-    assert isinstance(opened.events["s"][0], NumericalError)
-    # What the engine core sends without its scheduler: read as well, with nothing of ours.
-    plain = MsgpackDecoder(VerificationOutputs).decode(MsgpackEncoder().encode(theirs))
-    assert plain.outputs == theirs.outputs
-    assert plain.open_report() is None
+    reports = [
+        EngineReport(
+            events={"r": [Prefilled(first_position=4), verdict], "s": [NumericalError("NaN")]},
+            stats=EngineStats(steps=2),
+            wake_s=12.5,
+        ),
+        EngineReport(events={}, stats=EngineStats(steps=3)),
+    ]
+    first, second = asyncio.run(exchange())
+    assert first.stats == reports[0].stats
+    assert first.wake_s == 12.5
+    assert first.events["r"] == reports[0].events["r"]
+    assert isinstance(first.events["s"][0], NumericalError)
+    assert (second.stats.steps, second.wake_s) == (3, 0.0)
 
 
 def test_extra_attributes_survive_pickling() -> None:

@@ -164,6 +164,8 @@ def make_verdict(
     num_draft_tokens: int = 0,
     queue_us: int = 0,
     compute_us: int = 0,
+    batch_size: int = 0,
+    draft_budget: int = 0,
     num_forwards: int = 0,
 ) -> Verdict:
     return Verdict(
@@ -176,6 +178,8 @@ def make_verdict(
         num_draft_tokens=num_draft_tokens,
         queue_us=queue_us,
         compute_us=compute_us,
+        batch_size=batch_size,
+        draft_budget=draft_budget,
         num_forwards=num_forwards,
     )
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cloud_server.engine.interface import EngineEvent, Prefilled, VerificationEngine
-from edge_agent.drafting.rejection import RejectionSampler
 from picospec.errors import PicoSpecError
 from picospec.protocol.messages import (
     EMPTY_TOKENS,
@@ -29,6 +28,7 @@ from picospec.protocol.messages import (
 )
 from picospec.sampling.distribution import Distribution, draw
 from picospec.sampling.noise import Purpose
+from picospec.sampling.rejection import RejectionSampler
 
 DraftLaw = Callable[[Sequence[int]], Distribution | None]  # context -> Q, None: no proposal
 

@@ -88,7 +88,7 @@ class SteppedEngine:
     def __init__(self, model: Path, *, num_blocks: int, max_model_len: int = 1024) -> None:
         """`num_blocks` of KV cache, of 32 tokens each, are there for sessions."""
         address = f"inproc://reports-{id(self)}"
-        self._reports = zmq.Context.instance().socket(zmq.PULL)
+        self._reports: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._reports.bind(address)
         config = build_vllm_config(
             EngineConfig(

@@ -179,7 +179,9 @@ def test_a_second_flip_would_not_be_exact(oracle: Oracle, monkeypatch: pytest.Mo
 
     def flip_again(self: RejectionSampler, offered: Rejection, attempt: int) -> int | None:
         kept = float(residual(offered.probs, drafter[offered.token_ids]).sum())
-        u = rejection.uniform(0, POSITION, Purpose.COIN, 100 + attempt)
+        u = rejection.uniform(  # type: ignore[attr-defined]  # the oracle's
+            0, POSITION, Purpose.COIN, 100 + attempt
+        )
         if attempt and u * (kept + offered.tail_mass) < kept:
             return int(offered.token_ids[0])
         return offer(self, offered, attempt)

@@ -1,0 +1,207 @@
+"""Where drafting pays, who is told how far to draft, and in which mode a generation goes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from edge_agent.control import AutoControl, AutoCourse, FixedControl
+from edge_agent.estimates import Arm, Estimates, Rate, Setting
+from edge_agent.estimates_file import EstimatesFile
+from picospec.protocol.edge_machine import SpeculationPolicy
+from picospec.protocol.messages import SamplingParams, VerificationMode
+from tests.support.builders import COUPLED, GREEDY, SPLIT, make_verdict
+
+MODES = tuple(VerificationMode)
+WARM = SamplingParams(temperature=0.7)
+STEP_S = 0.02
+
+
+class Edge:
+    """An edge in a world with given speeds, in tokens per second of a generation."""
+
+    def __init__(self, *, on: float, off: float, estimates: Estimates | None = None) -> None:
+        self.control = AutoControl(estimates or Estimates(), MODES)
+        self.on, self.off = on, off
+        self.now = 100.0
+        self.batch_size, self.budget, self.rtt_s = 1, 8, 0.02
+
+    def chat(self, seconds: float, course: AutoCourse | None = None) -> float:
+        """Answer for so long; the share of that time in which the drafter drafted."""
+        course = course or self.control.begin(GREEDY, seeded=False, now=self.now)
+        ends_s = self.now + seconds
+        drafting_s = tokens = 0.0
+        self.verdict(course, 1)
+        while self.now < ends_s:
+            drafts = course.plan(self.now).window > 0
+            drafting_s += STEP_S * drafts
+            self.now += STEP_S
+            tokens += STEP_S * (self.on if drafts else self.off)
+            self.verdict(course, int(tokens))
+            tokens -= int(tokens)
+        return drafting_s / seconds
+
+    def verdict(self, course: AutoCourse, num_tokens: int) -> None:
+        verdict = make_verdict(
+            position=5, num_accepted=max(0, num_tokens - 1), num_draft_tokens=num_tokens,
+            compute_us=20_000, batch_size=self.batch_size, draft_budget=self.budget,
+        )  # fmt: skip
+        course.heard(verdict, num_tokens, self.rtt_s, self.now)
+
+
+def test_a_fixed_control_goes_by_the_settings() -> None:
+    control = FixedControl(SpeculationPolicy(SPLIT, draft_length=3, window=9))
+    course = control.begin(WARM, seeded=True, now=0.0)
+    assert course.mode is SPLIT
+    plan = course.plan(1.0)
+    assert (plan.draft_length, plan.window) == (3, 9)
+
+
+def test_drafting_that_pays_is_kept_up() -> None:
+    edge = Edge(on=80.0, off=50.0)
+    edge.chat(4.0)
+    assert edge.chat(60.0) > 0.97
+
+
+def test_drafting_that_does_not_pay_ends() -> None:
+    edge = Edge(on=40.0, off=50.0)
+    edge.chat(4.0)
+    assert edge.chat(60.0) < 0.05
+
+
+def test_it_is_looked_at_again() -> None:
+    edge = Edge(on=40.0, off=50.0)
+    edge.chat(20.0)
+    edge.on = 90.0
+    edge.chat(40.0)
+    assert edge.chat(30.0) > 0.9
+
+
+def test_another_round_trip_is_another_setting() -> None:
+    """Within five seconds."""
+    edge = Edge(on=80.0, off=50.0)
+    edge.chat(20.0)
+    edge.rtt_s, edge.on = 0.2, 30.0
+    edge.chat(5.0)
+    assert edge.chat(10.0) < 0.1
+
+
+def test_another_load_is_another_setting() -> None:
+    edge = Edge(on=80.0, off=50.0)
+    edge.chat(20.0)
+    edge.batch_size, edge.on, edge.off = 16, 8.0, 12.0
+    edge.chat(5.0)
+    assert edge.chat(20.0) < 0.1
+
+
+def test_nobody_drafts_what_the_cloud_cannot_use() -> None:
+    edge = Edge(on=80.0, off=50.0)
+    edge.budget = 0
+    assert edge.chat(5.0) < 0.05
+
+
+def test_what_one_chat_learns_the_next_one_knows() -> None:
+    edge = Edge(on=40.0, off=50.0)
+    edge.chat(5.0)
+    course = edge.control.begin(GREEDY, seeded=False, now=edge.now)
+    assert course.plan(edge.now).window == 0
+
+
+def test_a_chat_with_a_hard_text_leaves_off_by_itself() -> None:
+    edge = Edge(on=80.0, off=50.0)
+    edge.chat(20.0)
+    edge.on = 45.0  # of this chat
+    assert edge.chat(16.0) < 0.35
+    edge.on = 80.0
+    assert edge.chat(10.0) > 0.9
+
+
+@pytest.mark.parametrize(("on", "drafts"), [(80.0, True), (40.0, False)])
+def test_what_was_learnt_survives_a_restart(on: float, drafts: bool) -> None:
+    edge = Edge(on=on, off=50.0)
+    edge.chat(8.0)
+    document = json.loads(json.dumps(edge.control.estimates.as_json()))
+    again = Edge(on=on, off=50.0, estimates=Estimates.from_json(document))
+    assert (again.chat(5.0) > 0.5) is drafts
+
+
+@pytest.mark.parametrize(
+    ("sampling", "seeded", "mode"),
+    [(GREEDY, False, COUPLED), (WARM, True, COUPLED)],
+)
+def test_texts_that_must_be_a_function_of_their_seed_are_coupled(
+    sampling: SamplingParams, seeded: bool, mode: VerificationMode
+) -> None:
+    control = AutoControl(Estimates(), MODES)
+    for _ in range(50):
+        assert control.begin(sampling, seeded=seeded, now=0.0).mode is mode
+
+
+@pytest.mark.parametrize(("split", "coupled"), [(60.0, 50.0), (50.0, 60.0)])
+def test_a_sampled_generation_goes_in_the_faster_mode(split: float, coupled: float) -> None:
+    estimates = Estimates()
+    arms = estimates.arms(Setting.of(batch_size=1, round_trip_ms=0.0, sampled=True))
+    arms[Arm.SPLIT], arms[Arm.COUPLED] = Rate(2 * split, 2.0), Rate(2 * coupled, 2.0)
+    control = AutoControl(estimates, MODES)
+    modes = [control.begin(WARM, seeded=False, now=0.0).mode for _ in range(100)]
+    faster = SPLIT if split > coupled else COUPLED
+    assert 85 <= modes.count(faster) < 100  # the other one is looked at now and then
+
+
+def test_the_window_grows_with_the_round_trip_and_shrinks_with_hope() -> None:
+    estimates = Estimates()
+    control = AutoControl(estimates, MODES)
+    control.drafted(10, 0.08)
+    estimates.step.add(20.0)
+    estimates.acceptance.add(1.0, 1000.0)
+    windows = []
+    for round_trip_ms in (0.0, 50.0, 200.0):
+        estimates.round_trip.total, estimates.round_trip.weight = round_trip_ms, 1.0
+        windows.append(control.window(16))
+    assert windows == sorted(windows)
+    assert windows[0] >= 4
+    assert windows[-1] >= 30
+    estimates.acceptance.add(0.0, 1000.0)
+    assert control.window(16) <= 5
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        None,
+        [],
+        {},
+        {"version": 2},
+        {"version": 1, "drafting_ms": float("nan")},
+        {**Estimates().as_json(), "rates": [[0, 5, False, "sideways", 3.0]]},
+        {**Estimates().as_json(), "rates": [[0, 5, False, "off", -3.0]]},
+        {**Estimates().as_json(), "rates": 7},
+    ],
+)
+def test_a_file_that_is_no_estimates_is_refused(document: object) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        Estimates.from_json(document)
+
+
+def test_the_file_comes_back(tmp_path) -> None:
+    file = EstimatesFile(str(tmp_path / "estimates.json"))
+    assert file.read().as_json() == Estimates().as_json()
+    estimates = Estimates()
+    estimates.step.add(21.0)
+    estimates.arms(Setting(0, 5, sampled=False))[Arm.OFF].add(50, 1.0)
+    file.write(estimates)
+    assert file.read().as_json()["step_ms"] == pytest.approx(21.0)
+    assert file.read().as_json()["rates"] == estimates.as_json()["rates"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"{}"])
+def test_a_damaged_file_is_left_aside(tmp_path, content: bytes) -> None:
+    path = tmp_path / "estimates.json"
+    path.write_bytes(content)
+    assert EstimatesFile(str(path)).read().as_json() == Estimates().as_json()
+
+
+def test_without_a_place_nothing_is_kept(tmp_path) -> None:
+    EstimatesFile("").write(Estimates())
+    EstimatesFile(str(tmp_path / "nowhere" / "file.json")).write(Estimates())
