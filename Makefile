@@ -93,6 +93,10 @@ bench: install models ## compare with stock vLLM over an emulated WAN (an hour);
 bench-quick: install models ## the same in five minutes, a few tokens of each; writes .run/benchmarks
 	$(BIN)/python -m bench --suite quick --output .run/benchmarks $(BENCH_ARGS)
 
+.PHONY: bench-floor
+bench-floor: install models ## check that the defaults are never slower than stock vLLM (45 minutes)
+	$(BIN)/python -m bench.floor $(BENCH_ARGS)
+
 .PHONY: bench-overhead
 bench-overhead: install models ## measure what the system costs beside the models' own forwards
 	$(BIN)/python -m bench.overhead $(BENCH_ARGS)

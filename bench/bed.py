@@ -11,7 +11,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +56,8 @@ class Bed:
     drafting: dict[str, DraftingProcess]
     tokenizer: Tokenizer
     settings: dict[str, Any]  # what the results say about both engines
+    cloud_pid: int  # of the daemons, each the leader of its session
+    stock_pid: int
     controls: dict[Condition, Control] = field(default_factory=dict)
     round_trip_ms: float = 0.0  # measured when the link was set
     verify_ms: VerifyCost | None = None  # once it is measured
@@ -95,13 +97,15 @@ class Bed:
 
 
 @asynccontextmanager
-async def laid_out(drafts: Sequence[str], logs: Path, *, eager: bool) -> AsyncIterator[Bed]:
-    """Start everything; stop everything, whatever happens.
+async def laid_out(
+    drafts: Sequence[str], logs: Path, *, eager: bool, settings: Mapping[str, Any] = EQUAL_SETTINGS
+) -> AsyncIterator[Bed]:
+    """Start everything; stop everything, whatever happens. `settings` are both engines'.
 
     Raises CommandFailed with the end of its log if a server does not come up. Meanwhile this
     thread computes on the edge's core.
     """
-    settings = {**EQUAL_SETTINGS, "enforce_eager": eager}
+    settings = {**settings, "enforce_eager": eager}
     async with contextlib.AsyncExitStack() as stack:
         cloud_port, stock_port = free_ports(2)
         cloud_daemon = daemon(stack, "cloud_server", _cloud_flags(cloud_port, settings), logs)
@@ -127,6 +131,8 @@ async def laid_out(drafts: Sequence[str], logs: Path, *, eager: bool) -> AsyncIt
             drafting=drafting,
             tokenizer=Tokenizer.load(model_home() / "target"),
             settings={"both": settings, "stock": stock.description},
+            cloud_pid=cloud_daemon.pid,
+            stock_pid=stock_daemon.pid,
         )
         stack.callback(lambda: bed.stock.close())  # which may be another by then
         yield bed
@@ -161,14 +167,16 @@ def daemon(
 
 
 def drafter_spec(draft: str) -> DrafterSpec:
-    """One of the prepared draft models, on the edge's core."""
+    """One of the prepared draft models or "ngram", on the edge's core."""
+    if draft == "ngram":
+        return DrafterSpec("ngram", "", cpu=edge_core())
     folder = model_home() / f"draft-{draft}"
     return DrafterSpec("onnx", str(folder), threads=1, cpu=edge_core())
 
 
 @asynccontextmanager
 async def drafter(draft: str) -> AsyncIterator[DraftingProcess]:
-    drafting = DraftingProcess(drafter_spec(draft), 2)
+    drafting = DraftingProcess(drafter_spec(draft))
     await drafting.start()
     try:
         yield drafting

@@ -19,10 +19,8 @@ from bench.bed import Bed, laid_out
 from bench.machine import description
 from bench.prompts import own_prompts
 from bench.scenarios import DRAFTS, Condition, System
-from bench.systems import configured, prompt_tokens
+from bench.systems import configured, prompt_tokens, speculator
 from edge_agent.observer import NullObserver
-from edge_agent.pipeline import SpeculativeGenerator
-from edge_agent.server import control_of, policy_of
 
 RTTS_MS = (20.0, 200.0, 20.0)
 STAY_S = 6.0  # with each
@@ -57,9 +55,7 @@ async def follow(bed: Bed, draft: str, system: System) -> Result:
     await bed.set_link(RTTS_MS[0], None)
     config = configured(Condition(system, draft, RTTS_MS[0]))
     line = Timeline()
-    generator = SpeculativeGenerator(
-        bed.link, bed.drafting[draft], lambda: bed.card, policy_of(config), line, control_of(config)
-    )
+    generator = speculator(config, bed.link, bed.drafting[draft], card=bed.card, observer=line)
     request = openings.request(prompt_tokens(bed, own_prompts()[0].prompt), MAX_TOKENS)
     changes = asyncio.create_task(_change(bed))
     generation = generator.generate(request)

@@ -2,11 +2,13 @@
 
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from picospec_cli.prepare import installed_version
@@ -45,6 +47,19 @@ def cloud_core() -> int:
 
 def edge_core() -> int:
     return max(os.sched_getaffinity(0))
+
+
+def read_bandwidth_gb_s() -> float:
+    """What the cloud's core alone reads from memory, at best of several times: decoding on a CPU
+    is bound by it, and machines differ by a factor of two. Takes half a second."""
+    values = np.ones(1 << 26, np.float32)  # 256 MiB, beyond any cache
+    times_s = []
+    with pinned(cloud_core()):
+        for _ in range(5):
+            started_s = time.perf_counter()
+            np.dot(values, values)
+            times_s.append(time.perf_counter() - started_s)
+    return values.nbytes / min(times_s) / 1e9
 
 
 @contextmanager

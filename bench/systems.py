@@ -6,7 +6,7 @@ All times are taken here, on the edge, when tokens are in the hands of whoever a
 import asyncio
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing, closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,14 +17,18 @@ from bench import openings
 from bench.bed import Bed
 from bench.metering import steps_ms, traffic
 from bench.results import Record
-from bench.scenarios import Condition, System
+from bench.scenarios import Condition, System, Value
 from edge_agent import config as edge_config
+from edge_agent.control import Control
+from edge_agent.drafting.context import Drafting
 from edge_agent.drafting.messages import ContextFailed, DraftEvent
+from edge_agent.link import Link
+from edge_agent.observer import PipelineObserver
 from edge_agent.pipeline import SpeculativeGenerator
 from edge_agent.server import control_of, policy_of
 from picospec.performance.costs import Network, Scheme
 from picospec.protocol.drafting import Allow, Drafted
-from picospec.protocol.messages import AssistPolicy, TokenArray, VerificationMode
+from picospec.protocol.messages import AssistPolicy, ModelCard, TokenArray, VerificationMode
 
 GENERATION_TIMEOUT_S = 600.0
 
@@ -49,6 +53,7 @@ class Stopwatch:
     last_s: float = 0.0
     num_first: int = 0
     token_ids: list[int] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)  # of each token
 
     def add(self, token_ids: Iterable[int]) -> None:
         before = len(self.token_ids)
@@ -56,6 +61,7 @@ class Stopwatch:
         if len(self.token_ids) == before:
             return
         self.last_s = time.perf_counter()
+        self.times_s += [self.last_s] * (len(self.token_ids) - before)
         if not before:
             self.first_s, self.num_first = self.last_s, len(self.token_ids)
 
@@ -90,10 +96,31 @@ async def generate(bed: Bed, condition: Condition, task: Task) -> Record:
 
 def configured(condition: Condition) -> edge_config.EdgeConfig:
     """The edge daemon's configuration. Raises ConfigError for a key it lacks."""
+    return edge_settings(condition.speculation)
+
+
+def edge_settings(speculation: Mapping[str, Value]) -> edge_config.EdgeConfig:
+    """With these keys of [speculation], the others as they come. Raises ConfigError."""
     flags = ["--drafter.model", "unused"]
-    for key, value in condition.speculation.items():
+    for key, value in speculation.items():
         flags += [f"--speculation.{key}", str(value).lower()]
     return edge_config.read(flags, {})
+
+
+def speculator(
+    config: edge_config.EdgeConfig,
+    link: Link,
+    drafting: Drafting,
+    *,
+    card: ModelCard,
+    observer: PipelineObserver | None = None,
+    control: Control | None = None,
+) -> SpeculativeGenerator:
+    """An edge as the daemon builds it; its generations learn from each other. `control`: from
+    those of another one, too."""
+    return SpeculativeGenerator(
+        link, drafting, lambda: card, policy_of(config), observer, control or control_of(config)
+    )
 
 
 def scheme_of(condition: Condition) -> Scheme:
@@ -190,7 +217,7 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
     control = bed.controls.setdefault(condition, control_of(config))
     policy = policy_of(config)
     coupled = policy.mode is VerificationMode.COUPLED
-    generator = SpeculativeGenerator(bed.link, drafting, lambda: bed.card, policy, control=control)
+    generator = speculator(config, bed.link, drafting, card=bed.card, control=control)
     request = openings.request(
         task.prompt_token_ids, task.max_tokens, temperature=condition.temperature, seed=task.seed
     )

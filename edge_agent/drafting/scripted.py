@@ -160,6 +160,8 @@ class ScriptedDrafting:
 
     def _step(self) -> None:
         self._turn = None
+        self.timed_tokens += self._token_s > 0.0
+        self.drafting_s += self._token_s
         self._worker.step()
         self._schedule()
 

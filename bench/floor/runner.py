@@ -1,0 +1,179 @@
+"""Runs the grid within its time: every group once, then again as often as there is time.
+
+What is compared alternates, as in bench/runner.py. A group that no longer fits is left out of a
+round; what is cut short by the budget is so from the end of the last round, never a cell.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from bench.bed import Bed, laid_out
+from bench.floor.grid import MODELS, Contender, Group, Kind
+from bench.floor.loads import Loads, Run
+from bench.floor.results import Cell, trials
+from bench.floor.sources import EdgeSource, Links, StockSource
+from bench.runner import in_order
+from bench.stock.server import EQUAL_SETTINGS
+from bench.systems import Task
+
+SETTINGS = {
+    **EQUAL_SETTINGS,
+    "max_model_len": 8192,
+    "kv_cache_memory_bytes": 1 << 29,  # 11,000 tokens of the default target
+}
+TURNS_SHARE = 0.25  # of the time, for the second bed
+STOCK_TIMEOUT_S = 300.0
+SLOWNESS_MAX = 4.0  # a contender that takes so many times stock vLLM's time has failed ...
+PATIENCE_S = 20.0  # ... and so many seconds
+Say = Callable[[str], None]
+
+
+async def run(
+    groups: Sequence[Group], logs: Path, *, minutes: float, eager: bool, say: Say
+) -> tuple[list[Cell], dict[str, Any]]:
+    """The cells that there was time for, and both engines' settings.
+
+    Turns of a chat have a bed of their own, whose engines keep a prefix cache. Raises
+    CommandFailed if the servers do not come up.
+    """
+    started_s = time.monotonic()
+    ends_s = started_s + 60 * minutes
+    turns = [group for group in groups if group.load.kind is Kind.TURNS]
+    others = [group for group in groups if group.load.kind is not Kind.TURNS]
+    cells: list[Cell] = []
+    settings: dict[str, Any] = {}
+    share = TURNS_SHARE if turns else 0.0
+    for part, until_s in ((others, ends_s - share * 60 * minutes), (turns, ends_s)):
+        if not part:
+            continue
+        engine = {**SETTINGS, "enable_prefix_caching": part is turns}
+        say(f"starting both engines and the drafters for {len(part)} groups ...")
+        drafts = sorted({*MODELS, "ngram"} & _drafters(part))
+        async with laid_out(drafts, logs, eager=eager, settings=engine) as bed:
+            settings = bed.settings
+            cells += await Floor(bed, say).run(part, until_s)
+    return cells, settings
+
+
+def _drafters(groups: Sequence[Group]) -> set[str]:
+    wanted = {contender.drafter for group in groups for contender in group.contenders}
+    return wanted | ({"int8"} if "stopped" in wanted else set())
+
+
+class Floor:
+    """All repetitions of some groups on one bed."""
+
+    def __init__(self, bed: Bed, say: Say) -> None:
+        self._bed = bed
+        self._say = say
+        self._loads = Loads(bed)
+        self._links = Links(bed)
+        self._stock = StockSource(bed)
+        self._edges: dict[tuple[Group, Contender], EdgeSource] = {}
+        self._cells: dict[tuple[Group, Contender, str], Cell] = {}
+
+    async def run(self, groups: Sequence[Group], until_s: float) -> list[Cell]:
+        took_s: dict[Group, float] = {}
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._links.close)
+            stack.callback(self._stock.close)
+            for repetition, group in rounds(groups, took_s, until_s):
+                started_s = time.monotonic()
+                await self._repeat(group, repetition)
+                took_s[group] = time.monotonic() - started_s
+        return list(self._cells.values())
+
+    async def _repeat(self, group: Group, repetition: int) -> None:
+        load = group.load
+        await self._bed.set_link(load.rtt_ms, None)
+        tasks = self._loads.tasks(group, repetition)
+        stock: list[Run] = []
+        ours: dict[Contender, Run | Exception] = {}
+        stock_s = STOCK_TIMEOUT_S
+        for contender in order(group, repetition):
+            started_s = time.monotonic()
+            if contender is None:
+                async with asyncio.timeout(STOCK_TIMEOUT_S):
+                    run = await self._loads.run(load, None, self._stock, tasks)
+                stock.append(run)
+                stock_s = time.monotonic() - started_s
+                continue
+            source = self._edge(group, contender)
+            if contender.drafter == "replay":
+                source.learn(tasks, stock[0].texts)
+            patience_s = min(STOCK_TIMEOUT_S, PATIENCE_S + SLOWNESS_MAX * stock_s)
+            ours[contender] = await self._attempt(group, contender, source, tasks, patience_s)
+        for contender, outcome in ours.items():
+            self._note(group, contender, stock, outcome)
+
+    async def _attempt(
+        self,
+        group: Group,
+        contender: Contender,
+        source: EdgeSource,
+        tasks: list[Task],
+        patience_s: float,
+    ) -> Run | Exception:
+        """A failure is a result: the others go on."""
+        try:
+            async with asyncio.timeout(patience_s):
+                return await self._loads.run(group.load, contender, source, tasks)
+        except TimeoutError:
+            return TimeoutError(f"it took more than {patience_s:.0f} s")
+        except ExceptionGroup as errors:
+            return errors.exceptions[0]
+        except Exception as error:
+            return error
+
+    def _edge(self, group: Group, contender: Contender) -> EdgeSource:
+        if (group, contender) not in self._edges:
+            count = group.load.chats if group.load.kind is Kind.FLEET else 1
+            links = self._links.take(count)
+            self._edges[group, contender] = EdgeSource(self._bed, contender, links)
+        return self._edges[group, contender]
+
+    def _note(
+        self, group: Group, contender: Contender, stock: list[Run], ours: Run | Exception
+    ) -> None:
+        for part, trial in trials(group.load, stock, ours).items():
+            new = Cell(group.load, contender, part)
+            cell = self._cells.setdefault((group, contender, part), new)
+            cell.trials.append(trial)
+            tokens_per_s = trial.ours.tokens_per_s if trial.ours is not None else 0.0
+            remarks = "  ".join(filter(None, [trial.error, *trial.differences]))
+            self._say(
+                f"{cell.name:<60} {tokens_per_s:6.1f} / {trial.stock.tokens_per_s:6.1f} tokens/s"
+                f" = {trial.ratio:5.2f}  {remarks}"
+            )
+
+
+def order(group: Group, repetition: int) -> list[Contender | None]:
+    """None is the baseline: at both ends, or, where nothing may be asked twice, at either."""
+    if group.load.kind is Kind.TURNS:
+        both: list[Contender | None] = [None, *group.contenders]
+        return both if repetition % 2 == 0 else both[::-1]
+    return in_order(group.contenders, None, repetition)
+
+
+def rounds(
+    groups: Sequence[Group],
+    took_s: dict[Group, float],
+    until_s: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[tuple[int, Group]]:
+    """Repetition and group, round after round, as long as one fits. `took_s` is the time of each
+    group's last repetition, as far as there was one; in the first round all begin that can."""
+    repetition = 0
+    while True:
+        fitting = False
+        for group in groups:
+            if clock() + took_s.get(group, 0.0) < until_s:
+                fitting = True
+                yield repetition, group
+        if not fitting:
+            return
+        repetition += 1
