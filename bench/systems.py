@@ -213,8 +213,9 @@ async def _speculate(bed: Bed, condition: Condition, task: Task) -> Record:
     wire = await bed.cloud_relay.counts()
     bed.link.reset()
     config = configured(condition)
-    # As in the daemon, an edge's chats learn from each other.
-    control = bed.controls.setdefault(condition, control_of(config))
+    # As in the daemon, an edge's chats learn from each other, whatever the link is like.
+    edge = replace(condition, rtt_ms=0.0, kbit_s=None, temperature=0.0)
+    control = bed.controls.setdefault(edge, control_of(config))
     policy = policy_of(config)
     coupled = policy.mode is VerificationMode.COUPLED
     generator = speculator(config, bed.link, drafting, card=bed.card, control=control)

@@ -205,6 +205,13 @@ class AutoControl:
             window = min(window, math.ceil(math.log(HOPE_MIN) / math.log(alpha)))
         return min(max(window, WINDOW_MIN), WINDOW_MAX)
 
+    @property
+    def has_hope(self) -> bool:
+        """Whether a chain can get ahead of a cloud that goes on alone for a round trip."""
+        lead = self.estimates.round_trip.mean() / self.estimates.step.mean(20.0)
+        hope: float = self.estimates.alpha**lead
+        return hope >= HOPE_MIN
+
     def _faster_mode(self) -> VerificationMode:
         """By the rates at the present round trip, alone in the cloud's batch or nearly so."""
         best = Setting.of(
@@ -246,7 +253,7 @@ class AutoCourse:
         setting = control.setting(batch_size=self.batch_size, sampled=self.sampled)
         arms, choice = estimates.arms(setting), control.choice(setting)
         choice.update(arms[Arm(self.mode.value)], arms[Arm.OFF], now)
-        drafts = choice.drafts and self.draft_budget > 0
+        drafts = choice.drafts and self.draft_budget > 0 and control.has_hope
         if drafts and choice.looks_since_s is None:
             drafts = not self._is_paused(arms[Arm.OFF], now)
         if drafts is not self._drafts:

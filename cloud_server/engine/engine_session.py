@@ -74,8 +74,6 @@ class EngineSession:
     resident: bool = False  # holds KV cache: vLLM has scheduled it, and nobody has evicted it
     opened: bool = False  # the edge has been told that the prompt is in
     flow: DraftFlow = field(default_factory=DraftFlow)
-    chain_is_dead: bool = False
-    told_s: float = 0.0  # when the last verdict was made
     draft_budget: int | None = None  # most drafts that pay in one step; told with each verdict
     goes_alone: bool = False  # the running step has no draft of it to judge
     work: Work | None = None  # what the running step was asked to judge
@@ -101,6 +99,7 @@ class EngineSession:
             VerificationParams.of(opening, logits_width),
             TAKEOVERS[opening.assist],
             keeps_rows=may_keep_rows and split and not whole_rounds,
+            flow=DraftFlow(survives=not split or opening.sampling.temperature == 0.0),
         )
 
     @property
@@ -139,20 +138,15 @@ class EngineSession:
 
     def deliver(self, draft: Draft, arrived_s: float) -> int | None:
         """Queue a frame; returns the recovered token at its head, to be appended at once."""
-        first_new = self.queue.end
+        was_dead = self.queue.is_dead
         recovered = self.queue.add(draft, arrived_s)
-        self._watch_chain(self.request.num_tokens, self.told_s)
-        if not self.chain_is_dead:
-            first_new = max(first_new, draft.base_position + draft.num_forced)
-            if self.queue.end > first_new:
-                self.flow.arrived(first_new, self.queue.end - first_new, arrived_s)
+        num_drafts = len(draft.token_ids) - draft.num_forced
+        self.flow.arrived(
+            draft.epoch, draft.base_position + draft.num_forced, num_drafts, arrived_s
+        )
+        if self.queue.is_dead and not was_dead:
+            self.flow.broke()
         return recovered
-
-    def _watch_chain(self, position: int, made_s: float) -> None:
-        """Note when the edge's chain is found to be contradicted by a verdict made at `made_s`."""
-        was_dead, self.chain_is_dead = self.chain_is_dead, self.queue.is_dead
-        if self.chain_is_dead and not was_dead:
-            self.flow.broke(position, made_s)
 
     def is_held(self, step: int) -> bool:
         """Whether it holds KV cache, and step number `step` leaves it out."""
@@ -226,10 +220,14 @@ class EngineSession:
     def told(self, verdict: Verdict, now: float) -> None:
         """`verdict` is on its way; its tokens are in the request."""
         rejected = verdict.rejection is not None
+        alone = bool(verdict.token_ids) and not verdict.num_draft_tokens
+        had_drafts = self.queue.has_drafts
         self.queue.judged(rejected=rejected)
-        self.told_s = now
         self.flow.judged(verdict.num_draft_tokens, verdict.num_accepted)
-        self._watch_chain(self.request.num_tokens + rejected, now)
+        missed = verdict.num_accepted < verdict.num_draft_tokens
+        broken = missed or (had_drafts and self.queue.is_dead)
+        position = self.request.num_tokens + rejected
+        self.flow.told(position, broken=broken, alone=alone and not had_drafts, now=now)
 
     def extended(self) -> None:
         """A token was committed beyond what was forwarded: it has no row yet."""

@@ -77,6 +77,7 @@ class VerificationScheduler(Scheduler):
         self._wait = DraftWait()
         self._tempo = Tempo()
         self._step_started_s = self._step_ended_s = 0.0
+        self._batch_size = 1  # sessions in the last step
         self._occasion = Occasion(engine_idle=True, awaits_drafts=False)  # of the last step
         self._totals: Counter[str] = Counter()
         self._spent_s: defaultdict[str, float] = defaultdict(float)
@@ -158,7 +159,8 @@ class VerificationScheduler(Scheduler):
             token_ids=token_ids,
             rejection=rejection,
             finish_reason=finish_reason,
-            draft_budget=session.draft_budget or 0,
+            batch_size=self._batch_size,
+            draft_budget=self._planner.budget_of(session),
         )
         session.told(verdict, now)
         self._emit(session, verdict)
@@ -341,6 +343,7 @@ class VerificationScheduler(Scheduler):
             output.request_id: output for group in outputs.values() for output in group.outputs
         }
         compute_us = int((time.monotonic() - self._step_started_s) * 1e6)
+        self._batch_size = len(stepped) or self._batch_size
         for session in stepped:
             request_id = session.request.request_id
             if request_id in self._sessions and not session.request.is_prefill_chunk:
@@ -359,7 +362,6 @@ class VerificationScheduler(Scheduler):
                     result,
                     emitted.get(request_id),
                     compute_us=compute_us,
-                    batch_size=len(stepped),
                 )
             self._changed(session)
         if stepped:
@@ -413,7 +415,6 @@ class VerificationScheduler(Scheduler):
         output: EngineCoreOutput | None,
         *,
         compute_us: int,
-        batch_size: int,
     ) -> None:
         """Emit the session's verdict on the step, if there is something to tell."""
         work, session.work = session.work, None
@@ -429,8 +430,8 @@ class VerificationScheduler(Scheduler):
             finish_reason=_FINISH_REASONS.get(finished) if finished is not None else None,
             step_started_s=self._step_started_s,
             compute_us=compute_us,
-            batch_size=batch_size,
-            draft_budget=session.draft_budget or 0,
+            batch_size=self._batch_size,
+            draft_budget=self._planner.budget_of(session),
         )
         if verdict is None:
             return

@@ -121,6 +121,10 @@ class StepPlanner:
         for session, budget in zip(auto, budgets, strict=True):
             session.draft_budget = budget
 
+    def budget_of(self, session: EngineSession) -> int:
+        """Most drafts of `session` that pay in one step, as far as is known."""
+        return self._max_draft_tokens if session.draft_budget is None else session.draft_budget
+
     def describe(
         self, scheduled: Iterable[EngineSession], drafts: Mapping[str, Sequence[int]]
     ) -> VerificationStep:

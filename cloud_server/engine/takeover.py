@@ -11,6 +11,7 @@ while chance / wait is above the rate without waiting, and goes on alone otherwi
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,6 +23,7 @@ ACCEPTANCE_PRIOR = 0.7
 LATE_SHARE, LATE_S = 0.3, 0.003  # beyond what was expected: the draft does not come
 INTERVAL_MAX_S = 1.0  # between two drafts; a longer pause is no pace
 RATE_MEMORY_S = 1.0
+TOLD_MAX = 64  # verdicts that are remembered until their edge answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,34 +75,47 @@ class DraftFlow:
 
     The edge drafts one after the other, `interval_s` apart. A verdict that contradicts its chain
     has it start anew: the first draft after that takes `restart_s` from when the verdict was made.
+    Frames tell that whether they come in time or too late to be judged.
     """
 
+    survives: bool = True  # whether a chain is likely to agree with what the cloud decodes alone
     acceptance: float = ACCEPTANCE_PRIOR
     interval_s: float = math.inf
     restart_s: float = math.inf
-    _due_s: float = math.inf  # of `_due_position`
-    _due_position: int = 0
-    _broken_s: float | None = None  # when the chain was contradicted, until the next one comes
-    _broken_position: int = 0
-    _arrived_s: float | None = None
+    _told: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=TOLD_MAX))
+    _epoch: int = -1
+    _end: int = 0  # of the newest epoch's drafts, and when they came
+    _arrived_s: float = 0.0
+    _restarts_s: float | None = None  # when the edge was told what it starts anew from
+    _is_late: bool = False  # what was due has not come
 
-    def arrived(self, first_position: int, num_drafts: int, now: float) -> None:
-        """`num_drafts` fresh drafts from `first_position` on."""
-        if self._broken_s is not None:
-            ahead = max(0, first_position - self._broken_position) + num_drafts - 1
-            ahead_s = ahead * self.interval_s if ahead and math.isfinite(self.interval_s) else 0.0
-            self.restart_s = _blend(self.restart_s, max(0.0, now - self._broken_s - ahead_s))
-            self._broken_s = None
-        elif self._arrived_s is not None and now - self._arrived_s < INTERVAL_MAX_S:
-            self.interval_s = _blend(self.interval_s, (now - self._arrived_s) / num_drafts)
-        self._arrived_s = now
-        self._due_position, self._due_s = first_position + num_drafts, now + self.interval_s
+    def arrived(self, epoch: int, position: int, num_drafts: int, now: float) -> None:
+        """A frame of `num_drafts` drafts from `position` on."""
+        end = position + num_drafts
+        if epoch > self._epoch:
+            told_s = next((made_s for told, made_s in self._told if told >= position), None)
+            if told_s is not None and self._epoch >= 0 and num_drafts:
+                ahead_s = (num_drafts - 1) * self.interval_s if num_drafts > 1 else 0.0
+                if math.isfinite(ahead_s):
+                    self.restart_s = _blend(self.restart_s, max(0.0, now - told_s - ahead_s))
+        elif end > self._end and now - self._arrived_s < INTERVAL_MAX_S:
+            self.interval_s = _blend(self.interval_s, (now - self._arrived_s) / (end - self._end))
+        if epoch > self._epoch or end > self._end:
+            self._epoch, self._end = epoch, end
+            self._arrived_s, self._restarts_s, self._is_late = now, None, False
 
-    def broke(self, position: int, now: float) -> None:
-        """A verdict made now ends the chain; the edge's next draft is for `position`."""
-        if self._broken_s is None:
-            self._broken_s, self._broken_position = now, position
-        self._due_position, self._due_s = position, now + self.restart_s
+    def told(self, position: int, *, broken: bool, alone: bool, now: float) -> None:
+        """A verdict up to `position` is on its way. `broken`: it contradicts the chain; `alone`: it
+        commits what no draft is known for."""
+        self._told.append((position, now))
+        if broken or (alone and not self.survives):
+            self._restarts_s = now
+            self._is_late = False
+
+    def broke(self) -> None:
+        """What the cloud has decoded alone is found to contradict the chain."""
+        if self._restarts_s is None and self._told:
+            self._restarts_s = self._told[-1][1]
 
     def judged(self, num_judged: int, num_accepted: int) -> None:
         for _ in range(num_accepted):
@@ -110,12 +125,15 @@ class DraftFlow:
 
     def due_s(self, position: int) -> float:
         """When a draft for `position` is due; infinity if nobody knows."""
-        ahead = position - self._due_position
-        return self._due_s + ahead * self.interval_s if ahead > 0 else self._due_s
+        if self._is_late:
+            return math.inf
+        if self._restarts_s is not None:
+            return self._restarts_s + self.restart_s
+        return self._arrived_s + max(1, position + 1 - self._end) * self.interval_s
 
     def is_late(self) -> None:
         """What was due has not come: expect nothing until something does."""
-        self._due_s = math.inf
+        self._is_late = True
 
 
 @dataclass(slots=True)

@@ -115,9 +115,9 @@ class DraftQueue:
         return self.awaiting_recovery or (self._split and self._has_probe())
 
     @property
-    def end(self) -> int:
-        """The first position for which no token is known, queued or committed."""
-        return max(self._epoch.end, len(self._committed))
+    def has_drafts(self) -> bool:
+        """Whether any were queued when the queue was last looked at."""
+        return bool(self._epoch.entries)
 
     @property
     def num_ready(self) -> int:

@@ -15,7 +15,7 @@ def flowing(interval_s: float, acceptance: float = 0.9, num_drafts: int = 30) ->
     """Drafts for positions from 0 on came one every `interval_s`, the last at 0."""
     flow = DraftFlow(acceptance=acceptance)
     for position in range(num_drafts):
-        flow.arrived(position, 1, (position + 1 - num_drafts) * interval_s)
+        flow.arrived(0, position, 1, (position + 1 - num_drafts) * interval_s)
     return flow
 
 
@@ -31,14 +31,31 @@ def test_nothing_is_expected_of_an_edge_that_has_never_drafted() -> None:
 
 def test_after_a_miss_the_round_trip_passes() -> None:
     flow = flowing(0.008)
-    for miss in range(30):
-        start_s = float(miss)
-        flow.broke(40, start_s)
-        flow.arrived(40, 1, start_s + 0.050)
-        flow.arrived(41, 1, start_s + 0.058)
-    flow.broke(50, 100.0)
-    assert flow.due_s(50) == pytest.approx(100.050, abs=0.001)
-    assert flow.due_s(52) == pytest.approx(100.066, abs=0.002)
+    for epoch in range(1, 30):
+        made_s = float(epoch)
+        flow.told(40 + epoch, broken=True, alone=False, now=made_s)
+        flow.arrived(epoch, 40 + epoch, 1, made_s + 0.050)
+    flow.told(80, broken=True, alone=False, now=100.0)
+    assert flow.due_s(80) == pytest.approx(100.050, abs=0.001)
+
+
+def test_a_frame_that_comes_too_late_tells_when_the_next_may_come() -> None:
+    """Split: the cloud went on alone, and every chain was contradicted before it arrived."""
+    flow = DraftFlow(survives=False)
+    for step in range(20):
+        made_s = 0.02 * step
+        flow.told(10 + step, broken=False, alone=True, now=made_s)
+        flow.arrived(step, 10 + step, 1, made_s + 0.012)
+    flow.told(30, broken=False, alone=True, now=1.0)
+    assert flow.due_s(30) == pytest.approx(1.012, abs=0.001)
+
+
+def test_a_chain_that_agrees_with_the_cloud_goes_on() -> None:
+    flow = flowing(0.008)
+    flow.told(29, broken=False, alone=True, now=0.001)
+    assert flow.due_s(30) == pytest.approx(0.008)
+    flow.broke()
+    assert math.isinf(flow.due_s(30))  # how long a restart takes is not known yet
 
 
 def test_acceptance_follows_the_verdicts() -> None:
@@ -87,7 +104,7 @@ def test_a_draft_that_does_not_come_is_not_waited_for_again() -> None:
     wait.expired()
     wait.decide([(flow, 30)], now=0.020, **PLAIN)
     assert wait.until_s == 0.0
-    flow.arrived(30, 1, 0.030)
+    flow.arrived(0, 30, 1, 0.030)
     wait.decide([(flow, 31)], now=0.031, **PLAIN)
     assert wait.until_s > 0.0
 

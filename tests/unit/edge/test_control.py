@@ -38,13 +38,14 @@ class Edge:
             drafting_s += STEP_S * drafts
             self.now += STEP_S
             tokens += STEP_S * (self.on if drafts else self.off)
-            self.verdict(course, int(tokens))
-            tokens -= int(tokens)
+            if tokens >= 1.0:
+                self.verdict(course, int(tokens))
+                tokens -= int(tokens)
         return drafting_s / seconds
 
     def verdict(self, course: AutoCourse, num_tokens: int) -> None:
         verdict = make_verdict(
-            position=5, num_accepted=max(0, num_tokens - 1), num_draft_tokens=num_tokens,
+            position=5, num_accepted=num_tokens - 1, num_draft_tokens=num_tokens - 1,
             compute_us=20_000, batch_size=self.batch_size, draft_budget=self.budget,
         )  # fmt: skip
         course.heard(verdict, num_tokens, self.rtt_s, self.now)
