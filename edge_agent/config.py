@@ -71,7 +71,7 @@ class DrafterConfig(Settings):
     """core to pin the drafter to"""
     max_contexts: int = Field(64, ge=1, le=4096)
     """generations the drafter holds at once, each with a KV cache"""
-    turn_timeout_s: float = Field(60.0, ge=1, le=3600)
+    turn_timeout_s: float = Field(15.0, ge=1, le=3600)
     """a drafter that finishes no turn for so long is replaced, in seconds"""
 
 

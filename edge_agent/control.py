@@ -16,6 +16,7 @@ Time is passed in, in seconds; nothing here waits or reads a clock.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -163,8 +164,14 @@ def _pays(on: Rate, off: Rate) -> bool:
 class AutoControl:
     """Goes by what is measured."""
 
-    def __init__(self, estimates: Estimates, modes: tuple[VerificationMode, ...]) -> None:
+    def __init__(
+        self,
+        estimates: Estimates,
+        modes: tuple[VerificationMode, ...],
+        drafter_works: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.estimates = estimates
+        self.drafter_works = drafter_works
         self._modes = modes
         self._choices: dict[Setting, Choice] = {}
         self._num_begun = 0
@@ -253,7 +260,8 @@ class AutoCourse:
         setting = control.setting(batch_size=self.batch_size, sampled=self.sampled)
         arms, choice = estimates.arms(setting), control.choice(setting)
         choice.update(arms[Arm(self.mode.value)], arms[Arm.OFF], now)
-        drafts = choice.drafts and self.draft_budget > 0 and control.has_hope
+        drafts = choice.drafts and self.draft_budget > 0
+        drafts = drafts and control.has_hope and control.drafter_works()
         if drafts and choice.looks_since_s is None:
             drafts = not self._is_paused(arms[Arm.OFF], now)
         if drafts is not self._drafts:

@@ -36,6 +36,8 @@ class DrafterState:
     alive: bool = False
     restarts: int = 0
     open_contexts: int = 0
+    problem: str = ""  # why nothing is drafted now
+    troubled_s: float = 0.0  # without a drafter that works, since the start
 
 
 class EdgeMetrics:
@@ -192,6 +194,11 @@ class _StateCollector(Collector):
         )
         yield CounterMetricFamily(
             "picospec_edge_drafter_restarts", "Times the drafter was restarted.", drafter.restarts
+        )
+        yield CounterMetricFamily(
+            "picospec_edge_drafter_troubled_seconds",
+            "Seconds without a drafter that works: answers came at the cloud's pace.",
+            drafter.troubled_s,
         )
         # A generation that leaves something behind shows here.
         yield GaugeMetricFamily(

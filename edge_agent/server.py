@@ -1,7 +1,9 @@
 """The edge daemon: builds its parts, serves, and ends in order.
 
-Start: tokenizer, drafter process, HTTP. The cloud is not waited for: while it cannot be reached,
-or serves a model that the drafter does not belong to, requests get 503 and /health says why.
+Start: tokenizer, drafter process, HTTP. The drafter is not waited for, unless the settings have the
+cloud wait for drafts: without one answers come at the cloud's pace, and /health says "degraded" and
+why. The cloud is not waited for either: while it cannot be reached, or serves a model that the
+drafter does not belong to, requests get 503 and /health says why.
 
 End, at the first SIGTERM or SIGINT:
 1. nobody new is let in, and the listening socket closes;
@@ -17,7 +19,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import uvicorn
@@ -38,7 +40,7 @@ from edge_agent.model_watch import ModelWatch
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
 from picospec.errors import ConfigError, ModelMismatch
-from picospec.protocol.messages import ModelCard, VerificationMode
+from picospec.protocol.messages import AssistPolicy, ModelCard, VerificationMode
 from picospec.service_manager import ServiceManager
 from picospec.waiting import first_of
 
@@ -63,7 +65,11 @@ class EdgeHost:
         generator: Generator,
         watch: ModelWatch,
         drafting: DraftingProcess,
+        *,
+        cloud_goes_on: bool,
     ) -> None:
+        """`cloud_goes_on`: without the drafter, too."""
+        self._cloud_goes_on = cloud_goes_on
         self.tokenizer = tokenizer
         self.generator = generator
         self._watch = watch
@@ -74,14 +80,18 @@ class EdgeHost:
 
     def health(self) -> Health:
         drafter = drafter_state(self._drafting)
-        problem = self._watch.problem
-        if not problem and not drafter.alive:
-            problem = "The drafter process is not running."
+        problem = self._watch.problem or ("" if self._cloud_goes_on else drafter.problem)
         return Health(self._watch.reachable, self._watch.model_id, drafter, problem)
 
 
 def drafter_state(drafting: DraftingProcess) -> DrafterState:
-    return DrafterState(drafting.alive, drafting.restarts, drafting.open_contexts)
+    return DrafterState(
+        drafting.alive,
+        drafting.restarts,
+        drafting.open_contexts,
+        drafting.trouble,
+        drafting.troubled_s,
+    )
 
 
 def check_card(card: ModelCard, tokenizer: Tokenizer, policy: SpeculationPolicy) -> None:
@@ -122,7 +132,7 @@ class EdgeServer:
         self._stopping.set()
 
     async def run(self) -> None:
-        """Until stopped. Raises DrafterFailed if the drafter cannot be loaded."""
+        """Until stopped. Raises DrafterFailed if the drafter cannot be loaded and is needed."""
         config = self._config
         drafter = config.drafter
         self._manager.status("loading the drafter")
@@ -134,7 +144,12 @@ class EdgeServer:
             )
             stack.push_async_callback(drafting.stop)
             stack.enter_context(self._handling_signals())
-            await self._unless_stopped(drafting.start())
+            policy = policy_of(config)
+            goes_on = policy.assist in (AssistPolicy.ALWAYS, AssistPolicy.AUTO)
+            if goes_on:
+                drafting.begin()
+            else:
+                await self._unless_stopped(drafting.start())
             if self._stopping.is_set():
                 return
             cloud = config.cloud
@@ -145,7 +160,6 @@ class EdgeServer:
                 connect_timeout_s=cloud.connect_timeout_s,
             )
             stack.push_async_callback(link.close)
-            policy = policy_of(config)
             metrics = EdgeMetrics(lambda: drafter_state(drafting), lambda: link.open_streams)
             watch = ModelWatch(
                 link.get_model,
@@ -158,9 +172,14 @@ class EdgeServer:
             estimates = file.read()
             stack.callback(file.write, estimates)
             generator = SpeculativeGenerator(
-                link, drafting, watch.card, policy, metrics, control_of(config, estimates)
+                link,
+                drafting,
+                watch.card,
+                policy,
+                metrics,
+                control_of(config, estimates, lambda: not drafting.trouble),
             )
-            host = EdgeHost(self._tokenizer, generator, watch, drafting)
+            host = EdgeHost(self._tokenizer, generator, watch, drafting, cloud_goes_on=goes_on)
             for work in (
                 watch.run(),
                 file.keep(estimates),
@@ -259,8 +278,12 @@ def policy_of(config: EdgeConfig) -> SpeculationPolicy:
     )
 
 
-def control_of(config: EdgeConfig, estimates: Estimates | None = None) -> Control:
+def control_of(
+    config: EdgeConfig,
+    estimates: Estimates | None = None,
+    drafter_works: Callable[[], bool] = lambda: True,
+) -> Control:
     """The edge's; `estimates` are what is known already."""
     if config.speculation.mode != "auto":
         return FixedControl(policy_of(config))
-    return AutoControl(estimates or Estimates(), MODES["auto"])
+    return AutoControl(estimates or Estimates(), MODES["auto"], drafter_works)

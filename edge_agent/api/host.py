@@ -12,21 +12,27 @@ from picospec.protocol.messages import ModelCard
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether answers can be given, and if not, why."""
+    """Whether answers can be given, and if not, why. Without a drafter they can: degraded."""
 
     cloud_reachable: bool
     model: str | None  # served by the cloud, None while it was never reached
     drafter: DrafterState
-    problem: str = ""
+    problem: str = ""  # why no answer can be given
 
     @property
     def ok(self) -> bool:
         return not self.problem
 
+    @property
+    def status(self) -> str:
+        if self.problem:
+            return "unavailable"
+        return "degraded" if self.drafter.problem else "ok"
+
     def body(self, active_generations: int) -> dict[str, Any]:
         return {
-            "status": "ok" if self.ok else "unavailable",
-            "problem": self.problem or None,
+            "status": self.status,
+            "problem": self.problem or self.drafter.problem or None,
             "cloud": {"reachable": self.cloud_reachable, "model": self.model},
             "drafter": asdict(self.drafter),
             "active_generations": active_generations,

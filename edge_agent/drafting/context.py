@@ -150,6 +150,10 @@ class Drafting(Protocol):
         """A drafter is loaded and drafting. False while it restarts: contexts wait."""
 
     @property
+    def trouble(self) -> str:
+        """Why nothing is drafted now; "" while the drafter works."""
+
+    @property
     def open_contexts(self) -> int: ...
 
     async def start(self) -> None:

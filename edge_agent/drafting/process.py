@@ -8,6 +8,8 @@ answer at every token (docs/architecture.md). The rules of this file:
    `turn_timeout_s` is hung, and killed: that is a death like any other.
 3. Deaths are bounded: after more than RESTARTS_MAX within RESTART_WINDOW_S all contexts fail and
    new ones are refused, until a start succeeds; the next is tried after RETRY_AFTER_S.
+4. Nobody has to wait for a drafter: contexts may be opened before one is loaded. `trouble` says why
+   none drafts.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any, cast
@@ -44,7 +47,7 @@ RETRY_AFTER_S = 60.0
 BACKOFF_FIRST_S = 0.05  # doubles with each death in the window
 EXIT_GRACE_S = 2.0  # from the end of the stream to SIGKILL
 PENDING_BYTES_MAX = 16 << 20  # a worker that reads nothing for so long hangs
-TURN_TIMEOUT_S = 60.0  # the longest turn is the prefill of a long prompt
+TURN_TIMEOUT_S = 15.0  # a turn is a token, or a bounded piece of a prompt
 PINGS_PER_TIMEOUT = 4
 
 _NO_CONTEXT = 0  # contexts count from 1
@@ -77,6 +80,9 @@ class DraftingProcess:
         self._worker: _Worker | None = None  # loaded and connected
         self._supervisor: asyncio.Task[None] | None = None
         self._given_up = False
+        self._absence = "it is loading"  # why there is no worker
+        self._troubled_s = 0.0  # in all, but for ...
+        self._trouble_since_s: float | None = None  # ... what is under way
 
     @property
     def alive(self) -> bool:
@@ -93,13 +99,31 @@ class DraftingProcess:
         return "the drafter hangs and cannot be replaced" if hangs else ""
 
     @property
+    def trouble(self) -> str:
+        """Why nothing is drafted now; "" while the drafter works."""
+        if self._worker is None:
+            return f"The drafter is not running: {self._absence}."
+        return "The drafter answers nothing." if self._unanswered_pings > 1 else ""
+
+    @property
+    def troubled_s(self) -> float:
+        """Seconds without a drafter that works, since the start."""
+        since_s = self._trouble_since_s
+        return self._troubled_s + (0.0 if since_s is None else time.monotonic() - since_s)
+
+    @property
     def open_contexts(self) -> int:
         return len(self._contexts)
 
     async def start(self) -> None:
-        worker = await self._launch()
-        self._attach(worker)
+        self.begin(await self._launch())
+
+    def begin(self, worker: _Worker | None = None) -> None:
+        """Keep a drafter alive from now on, beginning with `worker` or a new one. Does not wait."""
         self._supervisor = asyncio.create_task(self._supervise(worker), name="drafting")
+        if worker is not None:
+            self._attach(worker)
+        self._note_trouble()
 
     async def stop(self) -> None:
         supervisor, self._supervisor = self._supervisor, None
@@ -138,16 +162,37 @@ class DraftingProcess:
         if context is not None:
             context.deliver(event)
 
-    async def _supervise(self, worker: _Worker) -> None:
+    async def _supervise(self, worker: _Worker | None) -> None:
         """Replaces the worker whenever it dies, until cancelled."""
         deaths: deque[float] = deque()
+        if worker is None:
+            try:
+                worker = await self._launch()
+            except DrafterFailed as error:
+                self._is_absent(str(error))
+                worker = await self._replace(deaths)
+            self._attach(worker)
         while True:
             await self._until_death(worker)
             self._worker = None
             status = await worker.end()
+            self._is_absent(f"its worker died (status {status})")
             logger.warning("the drafter's worker %d died (status %s)", worker.pid, status)
             worker = await self._replace(deaths)
             self._attach(worker)
+
+    def _is_absent(self, reason: str) -> None:
+        self._absence = reason
+        self._note_trouble()
+
+    def _note_trouble(self) -> None:
+        """Keep the account of time without a drafter that works."""
+        now, since_s = time.monotonic(), self._trouble_since_s
+        if self.trouble and since_s is None:
+            self._trouble_since_s = now
+        elif not self.trouble and since_s is not None:
+            self._troubled_s += now - since_s
+            self._trouble_since_s = None
 
     async def _until_death(self, worker: _Worker) -> None:
         """Returns when `worker` has died, of itself or for finishing no turn in its time."""
@@ -164,7 +209,10 @@ class DraftingProcess:
             self._unanswered_pings += 1
             if worker.num_heard != num_heard:
                 self._unanswered_pings = 0
-            elif self._unanswered_pings >= PINGS_PER_TIMEOUT:
+            self._note_trouble()
+            if not self._unanswered_pings:
+                continue
+            if self._unanswered_pings >= PINGS_PER_TIMEOUT:
                 logger.error(
                     "the drafter's worker %d is killed: it has finished no turn for %g s",
                     worker.pid,
@@ -175,6 +223,8 @@ class DraftingProcess:
     def _attach(self, worker: _Worker) -> None:
         """Makes a loaded worker the current one: every open context moves in."""
         self._worker = worker
+        self._unanswered_pings = 0
+        self._note_trouble()
         worker.on_message = self._receive
         for context_id, context in self._contexts.items():
             for command in context.rebuild():
@@ -197,6 +247,7 @@ class DraftingProcess:
                 worker = await self._launch()
             except DrafterFailed as error:
                 logger.error("%s", error)
+                self._is_absent(str(error))
                 continue
             self.restarts += 1
             self._given_up = False

@@ -120,6 +120,10 @@ class ScriptedDrafting:
         self._opened = 0
 
     @property
+    def trouble(self) -> str:
+        return "" if self.alive else "not started"
+
+    @property
     def open_contexts(self) -> int:
         return len(self.contexts)
 

@@ -10,6 +10,7 @@ import pytest
 from openai.types.chat import ChatCompletionContentPartTextParam, ChatCompletionMessageParam
 
 from edge_agent.generation import Generation, GenerationRequest, GenerationStats
+from edge_agent.metrics import DrafterState
 from picospec.errors import CloudUnavailable
 from picospec.protocol.messages import FinishReason
 from tests.support.chat import cached_tokens_of, speculation_of, usage_of, user_says
@@ -208,6 +209,18 @@ async def test_usage_says_what_speculation_did(monkeypatch: pytest.MonkeyPatch) 
     }  # fmt: skip
 
 
+async def test_without_its_drafter_it_is_degraded_and_answers() -> None:
+    async with serve() as edge, client_of(edge) as client:
+        edge.host.drafter = DrafterState(problem="The drafter answers nothing.", troubled_s=2.5)
+        health = await edge.http.get("/health")
+        assert health.status_code == 200
+        body = health.json()
+        assert (body["status"], body["problem"]) == ("degraded", "The drafter answers nothing.")
+        await client.chat.completions.create(model=CARD.model_id, messages=MESSAGES)
+        text = (await edge.http.get("/metrics")).text
+    assert "picospec_edge_requests_total" in text
+
+
 async def test_models_health_and_metrics() -> None:
     async with serve() as edge, client_of(edge) as client:
         [model] = (await client.models.list()).data
@@ -220,7 +233,13 @@ async def test_models_health_and_metrics() -> None:
             "status": "ok",
             "problem": None,
             "cloud": {"reachable": True, "model": CARD.model_id},
-            "drafter": {"alive": True, "restarts": 0, "open_contexts": 0},
+            "drafter": {
+                "alive": True,
+                "restarts": 0,
+                "open_contexts": 0,
+                "problem": "",
+                "troubled_s": 0.0,
+            },
             "active_generations": 0,
         }
         text = (await edge.http.get("/metrics")).text

@@ -244,6 +244,47 @@ async def test_a_stopped_worker_is_killed_and_loses_no_chat(script_spec):
         assert drafting.problem == ""
 
 
+async def test_contexts_may_be_opened_before_the_drafter_is_loaded(script_spec):
+    drafting = DraftingProcess(script_spec())
+    drafting.begin()
+    try:
+        assert "loading" in drafting.trouble
+        chat = Chat(drafting, SPECS[0])
+        await asyncio.wait_for(chat.done.wait(), 30)
+        assert drafting.trouble == ""
+        troubled_s = drafting.troubled_s
+        assert troubled_s > 0.0
+        await asyncio.sleep(0.05)
+        assert drafting.troubled_s == troubled_s
+    finally:
+        await drafting.stop()
+
+
+async def test_a_drafter_that_does_not_load_says_why_and_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "RESTARTS_MAX", 1)
+    monkeypatch.setattr(process, "RETRY_AFTER_S", 0.2)
+    drafting = DraftingProcess(DrafterSpec("scripted", str(tmp_path)))
+    drafting.begin()
+    try:
+        await until(lambda: "script.json" in drafting.trouble)
+        description = {"logits_width": WIDTH, "seed": MODEL_SEED, "token_s": 0.0}
+        (tmp_path / SCRIPT_FILE).write_text(json.dumps(description))
+        await until(lambda: drafting.trouble == "")
+        chat = Chat(drafting, SPECS[0])
+        await asyncio.wait_for(chat.done.wait(), 30)
+    finally:
+        await drafting.stop()
+
+
+async def test_a_stopped_worker_is_told_of(script_spec):
+    async with running(script_spec(), turn_timeout_s=2.0) as drafting:
+        os.kill(drafting.pid, signal.SIGSTOP)
+        await until(lambda: "answers nothing" in drafting.trouble)
+        os.kill(drafting.pid, signal.SIGCONT)
+        await until(lambda: drafting.trouble == "")
+        assert drafting.restarts == 0
+
+
 async def test_a_worker_that_finishes_its_turns_is_left_alone(script_spec):
     async with running(script_spec(), turn_timeout_s=0.2) as drafting:
         pid = drafting.pid

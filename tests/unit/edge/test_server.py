@@ -73,7 +73,7 @@ async def test_it_starts_without_a_cloud_and_says_so(flags: list[str]) -> None:
         health = await answers(http)
         assert health.status_code == 503
         assert health.json()["cloud"] == {"reachable": False, "model": None}
-        assert health.json()["drafter"]["alive"] is True
+        assert health.json()["status"] == "unavailable"
         response = await http.post("/v1/chat/completions", json=CHAT)
         assert response.status_code == 503
         assert response.headers["retry-after"]
