@@ -9,7 +9,7 @@ import pytest
 
 from bench import metering, plan, scenarios, spreads, step_profile
 from bench.report import tables
-from bench.scenarios import ADAPTIVE, DRAFTS, SUITES, Condition, Suite, System, fixed
+from bench.scenarios import DRAFTS, SUITES, Condition, Suite, System, fixed
 from edge_agent.config import SpeculationConfig
 
 # Keys that the benchmark may set and that the edge may not have yet.
@@ -62,7 +62,7 @@ def test_the_full_suite_covers_every_table() -> None:
             mine = {(each.system, each.overrides) for each in here if each.draft == draft}
             assert {(System.PICOSPEC, ()), (System.VANILLA, ())} <= mine
             assert {(System.PICOSPEC, fixed(n)) for n in (1, 2, 4, 8)} <= mine
-            assert (System.PICOSPEC, ADAPTIVE) in mine
+            assert (System.AUTO, ()) in mine
     at_20 = {each.overrides for each in suite.conditions if each.link == (20.0, None, 0.0)}
     assert {fixed(n) for n in range(1, 9)} <= at_20
     links = {each.link for each in suite.conditions}
