@@ -71,6 +71,8 @@ class DrafterConfig(Settings):
     """core to pin the drafter to"""
     max_contexts: int = Field(64, ge=1, le=4096)
     """generations the drafter holds at once, each with a KV cache"""
+    cache_bytes: int = Field(0, ge=0)
+    """most memory for KV caches, those of past chats included, in bytes; 0: an eighth of all"""
     turn_timeout_s: float = Field(15.0, ge=1, le=3600)
     """a drafter that finishes no turn for so long is replaced, in seconds"""
 

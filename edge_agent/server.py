@@ -138,7 +138,13 @@ class EdgeServer:
         self._manager.status("loading the drafter")
         async with contextlib.AsyncExitStack() as stack:
             drafting = DraftingProcess(
-                DrafterSpec(drafter.backend, drafter.model, drafter.threads, drafter.cpu),
+                DrafterSpec(
+                    drafter.backend,
+                    drafter.model,
+                    drafter.threads,
+                    drafter.cpu,
+                    drafter.cache_bytes,
+                ),
                 drafter.max_contexts,
                 turn_timeout_s=drafter.turn_timeout_s,
             )

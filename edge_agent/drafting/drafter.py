@@ -3,7 +3,7 @@
 A `Drafter` is loaded once and opens a `DrafterContext` for each text. What a context proposes
 for the next position is a law (a processed distribution), None where it has nothing to
 propose; drawing from it is the worker's business. Runtimes with a language model only supply
-a `KVRuntime` and are wrapped by `ModelContext`; scripted.py is the double for tests.
+a `KVRuntime` (store.py) and are wrapped by `ModelContext`; scripted.py is the double for tests.
 
 A context is lazy: `append` and `rollback` only record, `propose` computes what is missing. So
 the last draft of a window costs no forward until its successor is wanted.
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from edge_agent.drafting.kv_cache import SpeculativeKVCache
 from edge_agent.drafting.messages import ContextSpec, DrafterSpec
+from edge_agent.drafting.store import ContextStore, KVRuntime
 from picospec.errors import DrafterFailed
-from picospec.protocol.messages import TokenArray
+from picospec.protocol.messages import VerificationMode
 from picospec.sampling.distribution import Distribution, process
 
 LogitsArray = NDArray[np.float32]  # [logits_width]
@@ -33,9 +34,9 @@ BACKENDS = {
 }
 
 # Tokens prefilled between two looks at other contexts and at commands.
-PREFILL_CHUNK = 64
-# Tokens a context has room for beyond its prompt, before its KV cache has to grow.
-CAPACITY_HEADROOM = 1024
+PREFILL_CHUNK = 32
+# Committed tokens that a proposal may forward along with its last one.
+CATCH_UP_MAX = 8
 
 
 class DrafterContext(Protocol):
@@ -75,48 +76,33 @@ class Drafter(Protocol):
         """A context that holds spec.token_ids, of which the first `num_committed` are final."""
 
 
-class KVRuntime(Protocol):
-    """A runtime's KV cache of one text, with room for `capacity` tokens."""
-
-    capacity: int
-
-    def forward(self, token_ids: TokenArray) -> LogitsArray:
-        """Add token_ids (int32 [n], n >= 1) to the cache; the logits that follow the last."""
-
-    def truncate(self, length: int) -> None:
-        """Drop all but the first `length` tokens. Cheap; any length from 0 on."""
-
-    def close(self) -> None: ...
-
-
 class ModelContext:
-    """A DrafterContext over a language model.
-
-    `open_runtime(capacity)` gives an empty KV cache with that room at least. A runtime may
-    reserve memory for all of its capacity at once, so a context starts with room for a usual
-    answer; one that outgrows it prefills again into a bigger cache, each time its length doubles.
+    """A DrafterContext over a language model, whose KV cache comes from a store and goes back.
 
     Runtimes round a batch of tokens differently from the same tokens one by one (int4: logits
-    differ by 0.5). So that a law does not hang on when which news arrived, tokens are forwarded
-    in batches only while a cache is filled up to where the text stood; the others one by one.
+    differ by 0.5). In split mode a seed shall give the same drafts whenever which news arrived, so
+    there tokens behind the prompt are forwarded one by one; in coupled mode, where drafts change no
+    text, the cloud's tokens are caught up with in one forward.
     """
 
     def __init__(
         self,
-        open_runtime: Callable[[int], KVRuntime],
+        store: ContextStore,
         spec: ContextSpec,
         num_committed: int,
+        *,
         logits_width: int,
-        max_length: int,
+        context_length: int,
     ) -> None:
-        self._open_runtime = open_runtime
+        self._store = store
         self._spec = spec
         self.cache = SpeculativeKVCache(spec.token_ids, num_committed)
         self._logits_width = logits_width  # the model's own
-        self._max_length = min(max_length, spec.max_length or max_length)
+        self._max_length = min(context_length, spec.max_length or context_length)
         self._runtime: KVRuntime | None = None
         self._runtime_length = 0
-        self._prefill_length = len(self.cache)  # tokens before it are forwarded in batches
+        self._prefill_length = len(self.cache) - 1  # tokens before it are forwarded in batches
+        self._batches = spec.mode is VerificationMode.COUPLED
         self._logits: LogitsArray = np.zeros(1, np.float32)  # that the last proposal came from
 
     def __len__(self) -> int:
@@ -132,21 +118,32 @@ class ModelContext:
         return self.cache.rollback(length, token_ids)
 
     def close(self) -> None:
+        """What is committed and computed is kept for the next turn."""
         if self._runtime is not None:
-            self._runtime.close()
+            length = min(self.cache.num_committed, self.cache.num_computed)
+            self._runtime.truncate(length)
+            self._store.give_back(self._runtime, self.cache.token_ids[:length])
             self._runtime = None
 
     def prefill(self) -> bool:
         if len(self) > self._max_length:
             return False
-        runtime = self._runtime_with_room()
-        if len(self.cache.uncomputed) <= self._next_batch():
+        runtime = self._open_runtime()
+        missing = len(self.cache.uncomputed)
+        if missing <= self._in_one_go():
             return False
-        self._forward(runtime)
+        self._forward(runtime, min(missing - 1, self._together()))
+        self._store.shrink()
         return True
 
-    def _next_batch(self) -> int:
-        """How many tokens the next forward may take."""
+    def _in_one_go(self) -> int:
+        """How many tokens a proposal may forward."""
+        return CATCH_UP_MAX if self._batches else 1
+
+    def _together(self) -> int:
+        """How many tokens a turn of prefill forwards."""
+        if self._batches:
+            return PREFILL_CHUNK
         return min(PREFILL_CHUNK, max(1, self._prefill_length - self.cache.num_computed))
 
     def propose(self) -> Distribution | None:
@@ -157,34 +154,59 @@ class ModelContext:
         if not len(self.cache.uncomputed):
             # Everything is computed but the logits are gone: the last token runs again.
             self.cache.num_computed -= 1
-        logits = fit(self._forward(self._runtime_with_room()), self._spec.logits_width)
+        raw = self._forward(self._open_runtime(), len(self.cache.uncomputed))
+        logits = fit(raw, self._spec.logits_width)
         self._logits = logits
         token_ids, prompt_length = self.cache.token_ids, self._spec.prompt_length
         return process(
             logits, self._spec.sampling, token_ids[:prompt_length], token_ids[prompt_length:]
         )
 
-    def _runtime_with_room(self) -> KVRuntime:
-        room = CAPACITY_HEADROOM
-        if self._runtime is not None:
-            if len(self) <= self._runtime.capacity:
-                return self._runtime
-            room = self._prefill_length = len(self)
-        self.close()
-        self._runtime = self._open_runtime(min(len(self) + room, self._max_length))
-        self.cache.num_computed = self._runtime_length = 0
+    def _open_runtime(self) -> KVRuntime:
+        if self._runtime is None:
+            committed = self.cache.token_ids[: self.cache.num_committed]
+            # The last token's logits are wanted: it is computed anew.
+            self._runtime, known = self._store.borrow(committed)
+            self.cache.num_computed = self._runtime_length = min(known, len(committed) - 1)
+            self._runtime.truncate(self._runtime_length)
         return self._runtime
 
-    def _forward(self, runtime: KVRuntime) -> LogitsArray:
+    def _forward(self, runtime: KVRuntime, num_tokens: int) -> LogitsArray:
         cache = self.cache
         if self._runtime_length != cache.num_computed:
             runtime.truncate(cache.num_computed)
         # An id of the target's padding would be outside the embedding; any token will do for it.
-        token_ids = np.minimum(cache.uncomputed[: self._next_batch()], self._logits_width - 1)
+        token_ids = np.minimum(cache.uncomputed[:num_tokens], self._logits_width - 1)
         logits = runtime.forward(token_ids)
         cache.computed(len(token_ids))
         self._runtime_length = cache.num_computed
         return logits
+
+
+class ModelDrafter:
+    """A drafter over a language model that is loaded: `open_runtime` gives an empty KV cache."""
+
+    def __init__(
+        self,
+        open_runtime: Callable[[], KVRuntime],
+        *,
+        logits_width: int,
+        context_length: int,
+        cache_bytes: int = 0,
+    ) -> None:
+        """`cache_bytes` bounds the KV caches; 0: a share of the machine's memory."""
+        self.logits_width = logits_width
+        self._context_length = context_length
+        self.store = ContextStore(open_runtime, cache_bytes)
+
+    def open(self, spec: ContextSpec, num_committed: int = -1) -> ModelContext:
+        return ModelContext(
+            self.store,
+            spec,
+            num_committed,
+            logits_width=self.logits_width,
+            context_length=self._context_length,
+        )
 
 
 def fit(logits: LogitsArray, width: int) -> LogitsArray:

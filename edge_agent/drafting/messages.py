@@ -19,13 +19,14 @@ class DrafterSpec:
     model: str  # folder
     threads: int = 1
     cpu: int | None = None  # pins the worker to this core
+    cache_bytes: int = 0  # most for KV caches; 0: a share of the machine's memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ContextSpec:
     """One text to draft for.
 
-    `max_length` bounds prompt and output together: runtimes reserve their cache by it.
+    `max_length` bounds prompt and output together.
     `logits_width` is the target's: drafted tokens are below it. 0 leaves either to the drafter.
     """
 

@@ -1,22 +1,23 @@
 """The drafter for GPU and Jetson edges, and the reference in tests: transformers on torch."""
 
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from edge_agent.drafting.drafter import LogitsArray, ModelContext
-from edge_agent.drafting.messages import ContextSpec, DrafterSpec
+from edge_agent.drafting.drafter import LogitsArray, ModelDrafter
+from edge_agent.drafting.messages import DrafterSpec
 from picospec.errors import DrafterFailed
 from picospec.protocol.messages import TokenArray
 
 
 class TorchRuntime:
-    """A KVRuntime: a DynamicCache, which grows as it is filled and so has all the room."""
+    """A KVRuntime: a DynamicCache, which grows as it is filled."""
 
-    def __init__(self, model: Any, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, model: Any) -> None:
         self._model = model
         self._cache = DynamicCache(config=model.config)
 
@@ -34,39 +35,38 @@ class TorchRuntime:
         if num_dropped:
             self._cache.crop(-num_dropped)
 
+    def fork(self, length: int) -> "TorchRuntime":
+        other = TorchRuntime(self._model)
+        other._cache = copy.deepcopy(self._cache)
+        other.truncate(length)
+        return other
+
+    @property
+    def num_bytes(self) -> int:
+        layers: Any = self._cache.layers
+        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def close(self) -> None:
         del self._cache
 
 
-class TorchDrafter:
+def load(spec: DrafterSpec) -> ModelDrafter:
     """A Hugging Face model folder, on the GPU when there is one."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        torch.set_num_threads(threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        # Half precision is slower than single on most CPUs.
-        dtype = "auto" if device == "cuda" else torch.float32
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True
-        )
-        self._model = model.to(device).eval()
-        if getattr(model.config, "sliding_window", None):
-            raise DrafterFailed("models with sliding-window attention cannot be rolled back")
-        self.logits_width = int(model.config.vocab_size)
-        self._context_length = int(model.config.max_position_embeddings)
-
-    def open(self, spec: ContextSpec, num_committed: int = -1) -> ModelContext:
-        return ModelContext(
-            lambda _capacity: TorchRuntime(self._model, self._context_length),
-            spec,
-            num_committed,
-            self.logits_width,
-            self._context_length,
-        )
-
-
-def load(spec: DrafterSpec) -> TorchDrafter:
     folder = Path(spec.model)
     if not folder.is_dir():
         raise DrafterFailed(f"there is no model folder {spec.model!r}")
-    return TorchDrafter(folder, spec.threads)
+    torch.set_num_threads(spec.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Half precision is slower than single on most CPUs.
+    dtype = "auto" if device == "cuda" else torch.float32
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model = loaded.to(device).eval()
+    if getattr(model.config, "sliding_window", None):
+        raise DrafterFailed("models with sliding-window attention cannot be rolled back")
+    return ModelDrafter(
+        partial(TorchRuntime, model),
+        logits_width=int(model.config.vocab_size),
+        context_length=int(model.config.max_position_embeddings),
+        cache_bytes=spec.cache_bytes,
+    )

