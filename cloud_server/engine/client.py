@@ -42,7 +42,7 @@ class VLLMEngine:
         self._sinks: dict[str, EngineSink] = {}
         self._stats = EngineStats()
         self._reports: ReportReceiver | None = None
-        self._pumps: list[asyncio.Task[None]] = []
+        self._pump: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None  # to wake the engine
         self._deliveries: list[Delivery] = []  # of this turn of the event loop
         self._sending: asyncio.Task[None] | None = None
@@ -54,10 +54,9 @@ class VLLMEngine:
         Raises ConfigError for a configuration that vLLM refuses, PicoSpecError if the engine
         does not come up.
         """
-        self._reports = ReportReceiver()
-        vllm_config = await asyncio.to_thread(
-            build_vllm_config, self._config, self._reports.address
-        )
+        self._reports = ReportReceiver(self._dispatch)
+        await self._reports.listen()
+        vllm_config = await asyncio.to_thread(build_vllm_config, self._config, self._reports.name)
         self._card = await asyncio.to_thread(model_card, self._config, vllm_config)
         try:
             client = await asyncio.to_thread(
@@ -79,10 +78,7 @@ class VLLMEngine:
                 vllm_config.model_config.max_model_len, self.kv_cache_size.num_tokens
             ),
         )
-        self._pumps = [
-            asyncio.create_task(self._read_outputs(), name="engine-outputs"),
-            asyncio.create_task(self._read_reports(self._reports), name="engine-reports"),
-        ]
+        self._pump = asyncio.create_task(self._read_outputs(), name="engine-outputs")
         return self._card
 
     async def open(self, session_key: str, request: Open, sink: EngineSink) -> None:
@@ -167,9 +163,9 @@ class VLLMEngine:
 
     async def shutdown(self) -> None:
         self._set_alarm(0.0)
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        if self._pump is not None:
+            self._pump.cancel()
+            await asyncio.gather(self._pump, return_exceptions=True)
         if self._client is not None:
             await asyncio.to_thread(self._client.shutdown)
             self._client = None
@@ -201,10 +197,6 @@ class VLLMEngine:
             sinks, self._sinks = self._sinks, {}
             for sink in sinks.values():
                 sink(CloudUnavailable("the engine died"))
-
-    async def _read_reports(self, reports: ReportReceiver) -> None:
-        while True:
-            self._dispatch(await reports.receive())
 
     def _dispatch(self, report: EngineReport) -> None:
         self._stats = report.stats

@@ -26,9 +26,7 @@ from picospec.errors import NumericalError
 from picospec.protocol.messages import Draft, Open
 
 _KEY = "picospec"
-# In vLLM's additional_config:
-MIN_STEP_TOKENS = "picospec_min_step_tokens"
-REPORT_ADDRESS = "picospec_report_address"
+MIN_STEP_TOKENS = "picospec_min_step_tokens"  # in vLLM's additional_config
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
 from cloud_server.config import EngineConfig
-from cloud_server.engine.envelope import MIN_STEP_TOKENS, REPORT_ADDRESS
+from cloud_server.engine.envelope import MIN_STEP_TOKENS
 from cloud_server.engine.interface import KVCacheSize
 from picospec import PROTOCOL_VERSION
 from picospec.errors import ConfigError
@@ -40,8 +40,8 @@ _TOKENIZER_FILES = (
 )
 
 
-def build_vllm_config(config: EngineConfig, report_address: str) -> VllmConfig:
-    """vLLM's configuration for verification; its scheduler reports to `report_address`.
+def build_vllm_config(config: EngineConfig, report_name: str) -> VllmConfig:
+    """vLLM's configuration for verification; its scheduler reports to `report_name`.
 
     Raises ConfigError for engine arguments that vLLM refuses or that the hooks cannot work with.
     """
@@ -69,7 +69,6 @@ def build_vllm_config(config: EngineConfig, report_address: str) -> VllmConfig:
                 "additional_config": {
                     **arguments.get("additional_config", {}),
                     MIN_STEP_TOKENS: config.min_step_tokens,
-                    REPORT_ADDRESS: report_address,
                 },
                 "speculative_config": {
                     "method": "custom_class",
@@ -79,9 +78,12 @@ def build_vllm_config(config: EngineConfig, report_address: str) -> VllmConfig:
             }
         )
         with _two_processes():
-            return engine_args.create_engine_config()
+            vllm_config = engine_args.create_engine_config()
     except (TypeError, ValueError) as error:
         raise ConfigError(f"vLLM refuses the engine's configuration: {error}") from error
+    # Where the engine's process finds it, and no part of the keys of vLLM's compile cache.
+    vllm_config.instance_id = report_name
+    return vllm_config
 
 
 @contextmanager

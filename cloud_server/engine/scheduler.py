@@ -23,7 +23,6 @@ from vllm.v1.request import Request, RequestStatus
 from cloud_server.engine.engine_session import EngineSession
 from cloud_server.engine.envelope import (
     MIN_STEP_TOKENS,
-    REPORT_ADDRESS,
     Delivery,
     EngineReport,
     StepOutcome,
@@ -72,7 +71,7 @@ class VerificationScheduler(Scheduler):
         self._ready = ReadySessions()  # of them
         additional: Any = self.vllm_config.additional_config
         self._min_step_tokens = additional[MIN_STEP_TOKENS]
-        self._reports = ReportSender(additional[REPORT_ADDRESS])
+        self._reports = ReportSender(self.vllm_config.instance_id)
         self._events: dict[str, list[EngineEvent]] = {}  # to send with the next report
         self._wait = DraftWait()
         self._tempo = Tempo()

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from vllm.v1.outputs import ModelRunnerOutput, SamplerOutput
 
 from cloud_server.engine import step_costs
 from cloud_server.engine.envelope import StepOutcome, unwrap
+from cloud_server.engine.judging.torch_sampling import best_token_ids
 from cloud_server.engine.judging.verification import VerificationParams, verify
 from cloud_server.engine.step_plan import StepPlan, VerificationStep
 from picospec.errors import NumericalError
@@ -109,13 +111,16 @@ class VerificationRunner:
             else [0] * len(request_ids)
         )
         assert logits is not None
+        plans = self._step.plans
+        best: list[int] | None = None
+        if any(self._params[request_id].takes_best for request_id in plans):
+            best = best_token_ids(logits[:, : self.model_config.get_vocab_size()])
         tokens: list[list[int]] = []
         row = 0
         for request_id, count in zip(request_ids, num_drafts, strict=True):
-            rows = logits[row : row + count + 1]
+            plan = plans.get(request_id)
+            tokens.append([] if plan is None else self._judge(request_id, logits, row, plan, best))
             row += count + 1
-            plan = self._step.plans.get(request_id)
-            tokens.append([] if plan is None else self._judge(request_id, rows, plan))
         columns = max(_MIN_COLUMNS, max(map(len, tokens), default=0))
         sampled = np.full((len(tokens), columns), _NO_TOKEN, np.int32)
         for index, token_ids in enumerate(tokens):
@@ -125,8 +130,17 @@ class VerificationRunner:
             sampled_token_ids=torch.from_numpy(sampled).to(self.device), logprobs_tensors=None
         )
 
-    def _judge(self, request_id: str, rows: torch.Tensor, plan: StepPlan) -> list[int]:
+    def _judge(
+        self,
+        request_id: str,
+        logits: torch.Tensor,
+        row: int,
+        plan: StepPlan,
+        best: Sequence[int] | None,
+    ) -> list[int]:
+        """Judge the session whose rows begin at `row`; returns its tokens."""
         drafts = self._drafts.get(request_id, [])[: plan.num_drafts]
+        rows = slice(row, row + plan.num_drafts + 1)
         params = self._params[request_id]
         prompt, output = (
             self._history(request_id, plan.position)
@@ -135,7 +149,7 @@ class VerificationRunner:
         )
         try:
             result = verify(
-                rows,
+                logits[rows],
                 params,
                 position=plan.position,
                 draft_token_ids=drafts,
@@ -144,13 +158,14 @@ class VerificationRunner:
                 output_token_ids=output,
                 step=plan.kind,
                 attempt=plan.attempt,
+                best=best[rows] if best is not None else None,
             )
         except NumericalError as error:  # this session's logits; the others' are sound
             self._outcome.results[request_id] = error
             return []
         self._outcome.results[request_id] = result
         if plan.keep_row and result.rejection is None and not result.token_ids:
-            self._outcome.rows[request_id] = rows[plan.num_drafts : plan.num_drafts + 1].clone()
+            self._outcome.rows[request_id] = logits[rows][-1:].clone()
         return [*drafts[: result.num_accepted], *result.token_ids]
 
     def _history(self, request_id: str, position: int) -> tuple[TokenArray, TokenArray]:

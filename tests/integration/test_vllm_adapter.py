@@ -352,29 +352,32 @@ def test_a_report_comes_through_its_own_socket() -> None:
     """reports.py: whatever the scheduler says reaches the client, in order."""
 
     async def exchange() -> list[EngineReport]:
-        receiver = ReportReceiver()
-        sender = ReportSender(receiver.address)
-        for report in reports:
-            sender.send(report)
+        received: asyncio.Queue[EngineReport] = asyncio.Queue()
+        receiver = ReportReceiver(received.put_nowait)
+        await receiver.listen()
+        sender = ReportSender(receiver.name)
+        await asyncio.to_thread(lambda: [sender.send(report) for report in reports])
         try:
-            return [await receiver.receive() for _ in reports]
+            return [await received.get() for _ in reports]
         finally:
             receiver.close()
 
     verdict = make_verdict(position=4, token_ids=(7,))
+    large = make_verdict(position=5, token_ids=tuple(range(300_000)))  # beyond any one read
     reports = [
         EngineReport(
             events={"r": [Prefilled(first_position=4), verdict], "s": [NumericalError("NaN")]},
             stats=EngineStats(steps=2),
             wake_s=12.5,
         ),
-        EngineReport(events={}, stats=EngineStats(steps=3)),
+        EngineReport(events={"r": [large]}, stats=EngineStats(steps=3)),
     ]
     first, second = asyncio.run(exchange())
     assert first.stats == reports[0].stats
     assert first.wake_s == 12.5
     assert first.events["r"] == reports[0].events["r"]
     assert isinstance(first.events["s"][0], NumericalError)
+    assert second.events["r"] == [large]
     assert (second.stats.steps, second.wake_s) == (3, 0.0)
 
 

@@ -5,16 +5,17 @@ Blocks of KV cache are counted as in the engine; only the forward is missing.
 
 from __future__ import annotations
 
-import pickle
+import socket
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import zmq
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -26,10 +27,11 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from cloud_server.config import EngineConfig
-from cloud_server.engine.envelope import Delivery, EngineReport, StepOutcome, wrap
+from cloud_server.engine.envelope import Delivery, StepOutcome, wrap
 from cloud_server.engine.interface import EngineEvent, EngineStats
 from cloud_server.engine.judging.verification import StepKind, StepResult
 from cloud_server.engine.model import build_vllm_config
+from cloud_server.engine.reports import ReportParser, socket_path
 from cloud_server.engine.scheduler import VerificationScheduler
 from cloud_server.engine.step_plan import StepPlan
 from picospec.protocol.messages import AssistPolicy, Draft, Rejection, Verdict, VerificationMode
@@ -87,15 +89,17 @@ class SteppedEngine:
 
     def __init__(self, model: Path, *, num_blocks: int, max_model_len: int = 1024) -> None:
         """`num_blocks` of KV cache, of 32 tokens each, are there for sessions."""
-        address = f"inproc://reports-{id(self)}"
-        self._reports: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
-        self._reports.bind(address)
+        self._folder = tempfile.TemporaryDirectory(prefix="picospec-engine-")
+        name = Path(self._folder.name).name
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(socket_path(name))
+        listener.listen()
         config = build_vllm_config(
             EngineConfig(
                 model=str(model),
                 args={"max_model_len": max_model_len, "max_num_seqs": 32, "enforce_eager": True},
             ),
-            address,
+            name,
         )
         config.cache_config.num_gpu_blocks = num_blocks + 1  # one is vLLM's own
         spec = FullAttentionSpec(
@@ -112,6 +116,10 @@ class SteppedEngine:
             block_size=BLOCK_SIZE,
             log_stats=True,
         )
+        self._reports, _ = listener.accept()
+        self._reports.setblocking(False)
+        self._parser = ReportParser()
+        listener.close()
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
         self.edges: dict[str, Edge] = {}
@@ -210,11 +218,12 @@ class SteppedEngine:
         return sum(scheduled.num_scheduled_tokens.values())
 
     def _read_reports(self) -> None:
-        while self._reports.poll(0):
-            report: EngineReport = pickle.loads(self._reports.recv())
-            self.stats = report.stats
-            for key, events in report.events.items():
-                self._tell(key, events)
+        with suppress(BlockingIOError):
+            while data := self._reports.recv(1 << 16):
+                for report in self._parser.feed(data):
+                    self.stats = report.stats
+                    for key, events in report.events.items():
+                        self._tell(key, events)
 
     def run(self, *, steps_max: int = 50) -> None:
         """Step until nothing is left to do. Raises AssertionError if that takes too many steps."""

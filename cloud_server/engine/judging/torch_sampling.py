@@ -20,6 +20,8 @@ from picospec.sampling.distribution import GREEDY_TEMPERATURE, penalties_at
 from picospec.sampling.noise import Purpose
 
 REJECTION_TAIL_MASS_MAX = 1e-3  # what a Rejection may leave out of S, `sparse_k` allowing
+NO_TOKEN = -1  # of a row that has no best one
+NO_LAW = "the target's logits do not define a probability distribution: NaN, +inf or only -inf"
 REJECTION_TAIL_MASS_MIN = 1e-12  # far below the rounding of P on S; less is no tail
 
 
@@ -102,7 +104,8 @@ def process_on_device(
     """`process` in torch alone."""
     scores = penalised(logits.float(), params, prompt_token_ids, output_token_ids)
     peak, best = scores.max(dim=0)
-    check_finite(peak)
+    if not math.isfinite(peak):
+        raise NumericalError(NO_LAW)
     if params.temperature < GREEDY_TEMPERATURE:
         return TargetDistribution(best.view(1), torch.ones(1, device=scores.device))
     scores = scores - peak
@@ -114,12 +117,23 @@ def process_on_device(
     return TargetDistribution(token_ids, scores.softmax(0))
 
 
-def check_finite(peaks: torch.Tensor) -> None:
-    """Raises NumericalError unless each row's highest logit is finite."""
-    if not bool(torch.isfinite(peaks).all()):
-        raise NumericalError(
-            "the target's logits do not define a probability distribution: NaN, +inf or only -inf"
-        )
+def best_token_ids(rows: torch.Tensor) -> list[int]:
+    """The token with the highest logit of each row [n, vocab_size]; NO_TOKEN if it is not finite.
+
+    NaN counts as the highest, in numpy's argmax (ten times as fast as torch's) as in torch's.
+    """
+    if rows.device.type == "cpu":
+        scores = rows.float().numpy()
+        token_ids = [int(row.argmax()) for row in scores]
+        peaks = [float(row[token_id]) for row, token_id in zip(scores, token_ids, strict=True)]
+    else:
+        best = rows.argmax(dim=-1)
+        peaks = rows.gather(-1, best[:, None]).view(-1).tolist()
+        token_ids = best.tolist()
+    return [
+        token_id if math.isfinite(peak) else NO_TOKEN
+        for token_id, peak in zip(token_ids, peaks, strict=True)
+    ]
 
 
 def penalised(

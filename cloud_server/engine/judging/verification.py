@@ -23,11 +23,14 @@ import torch
 from numpy.typing import NDArray
 
 from cloud_server.engine.judging.torch_sampling import (
+    NO_LAW,
+    NO_TOKEN,
     TargetDistribution,
-    check_finite,
+    best_token_ids,
     penalised,
     process,
 )
+from picospec.errors import NumericalError
 from picospec.protocol.messages import (
     EMPTY_TOKENS,
     Open,
@@ -67,6 +70,13 @@ class VerificationParams:
         """What `opening` asks for."""
         return cls(opening.mode, opening.sampling, opening.exact, opening.sparse_k, logits_width)
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the rows' highest logits decide, as they are."""
+        sampling = self.sampling
+        is_greedy = sampling.temperature < GREEDY_TEMPERATURE
+        return is_greedy and not (sampling.has_penalties or sampling.logit_bias)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
@@ -87,14 +97,16 @@ def verify(
     output_token_ids: NDArray[np.integer] = EMPTY_TOKENS,
     step: StepKind = StepKind.DRAFTS,
     attempt: int = 0,
+    best: Sequence[int] | None = None,
 ) -> StepResult:
     """Judges k drafts by the target's logits.
 
     `logits` is [k + 1, vocab_size], any float type and device, and stays as it is; row i is of
     `position + i`, where draft i stands. `draft_probs` are the k values q(x), split only.
     Prompt and output (all tokens before `position`) are looked at only with penalties.
-    `attempt` is the number of the tail sample a PROBE asks for. Raises NumericalError where
-    logits that matter do not define a probability distribution.
+    `attempt` is the number of the tail sample a PROBE asks for. `best` are the rows' best tokens,
+    where the caller knows them (`best_token_ids`) and `params.takes_best`. Raises NumericalError
+    where logits that matter do not define a probability distribution.
 
     With two drafts of which the second is rejected at position 8 in coupled mode,
     `verify(logits, params, 7, [5, 6], ())` is `StepResult(1, (recovered,))`.
@@ -102,8 +114,9 @@ def verify(
     rows = logits[: len(draft_token_ids) + 1, : params.logits_width]
     sampling = params.sampling
     if sampling.temperature < GREEDY_TEMPERATURE and not sampling.has_penalties:
-        scores = penalised(rows, sampling, prompt_token_ids, output_token_ids)
-        return _verify_greedy(scores, params.mode, draft_token_ids, step)
+        if best is None or not params.takes_best:
+            best = best_token_ids(penalised(rows, sampling, prompt_token_ids, output_token_ids))
+        return _verify_greedy(best, params.mode, draft_token_ids, step)
 
     def target(index: int) -> TargetDistribution:
         output = output_token_ids
@@ -138,21 +151,19 @@ def verify(
 
 
 def _verify_greedy(
-    scores: torch.Tensor, mode: VerificationMode, draft_token_ids: Sequence[int], step: StepKind
+    best: Sequence[int], mode: VerificationMode, draft_token_ids: Sequence[int], step: StepKind
 ) -> StepResult:
     """All rows at once: P is one-hot, so a draft is accepted exactly if it is the best token."""
-    peaks, best = scores.max(dim=-1)
-    check_finite(peaks)
-    best_token_ids = best.tolist()
+    if NO_TOKEN in best:
+        raise NumericalError(NO_LAW)
     num_accepted = 0
     while (
-        num_accepted < len(draft_token_ids)
-        and draft_token_ids[num_accepted] == best_token_ids[num_accepted]
+        num_accepted < len(draft_token_ids) and draft_token_ids[num_accepted] == best[num_accepted]
     ):
         num_accepted += 1
     if mode is VerificationMode.COUPLED or step is StepKind.FIRST:
-        return StepResult(num_accepted, (best_token_ids[num_accepted],))
+        return StepResult(num_accepted, (best[num_accepted],))
     if num_accepted == len(draft_token_ids) and step is StepKind.DRAFTS:
         return StepResult(num_accepted)
-    token_ids = np.array([best_token_ids[num_accepted]], np.int32)
+    token_ids = np.array([best[num_accepted]], np.int32)
     return StepResult(num_accepted, (), Rejection(token_ids, np.ones(1, np.float32)))
