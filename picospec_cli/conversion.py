@@ -22,27 +22,29 @@ BUILDER = "onnxruntime_genai.models.builder"  # a program, run as a module
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _DROPPED_KEYS = {"quantization_config", "_name_or_path", "_model_name_or_path", "dtype"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _DRAFT_FILES = ("model.onnx", "genai_config.json", "tokenizer.json")
 
 
-def gguf_to_hugging_face(gguf: Path, out: Path) -> None:
-    """Write the model of a GGUF file as fp32 safetensors with tokenizer and chat template.
+def gguf_to_hugging_face(gguf: Path, out: Path, precision: str) -> None:
+    """Write the model of a GGUF file as safetensors with tokenizer and chat template.
 
-    A loaded GGUF model refuses to be saved for its quantization config, though its weights are
-    plain fp32 by then; so they move into a fresh model without one.
+    `precision`: "fp32" or "bf16". A loaded GGUF model refuses to be saved for its quantization
+    config, though its weights are plain by then; so they move into a fresh model without one.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        str(gguf.parent), gguf_file=gguf.name, dtype=dtype
     )
     config = type(loaded.config).from_dict(
         {key: value for key, value in loaded.config.to_dict().items() if key not in _DROPPED_KEYS}
     )
-    fresh = type(loaded)(config).to(torch.float32)
+    fresh = type(loaded)(config).to(dtype)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
     fresh.save_pretrained(out)
@@ -72,6 +74,13 @@ def hugging_face_to_onnx(source: Path, out: Path, precision: str) -> None:
         raise CommandFailed(
             f"the ONNX builder ended with status {done.returncode} {reason}\n{tail(done.stdout)}"
         )
+
+
+def take_tokenizer(source: Path, folder: Path) -> None:
+    """Give the model in `folder` the tokenizer and the chat template of the one in `source`."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def local_folder(source: str) -> Path:

