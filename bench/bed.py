@@ -31,7 +31,7 @@ from edge_agent.tokenizer import Tokenizer
 from picospec.errors import CloudUnavailable
 from picospec.performance.costs import VerifyCost
 from picospec.protocol.messages import ModelCard
-from picospec_cli.model_folder import model_home
+from picospec_cli.pairs import DEFAULT, TARGET, Pair
 from picospec_cli.processes import Daemon, free_ports, stop
 
 START_TIMEOUT_S = 600.0  # compiling takes minutes the first time
@@ -98,7 +98,12 @@ class Bed:
 
 @asynccontextmanager
 async def laid_out(
-    drafts: Sequence[str], logs: Path, *, eager: bool, settings: Mapping[str, Any] = EQUAL_SETTINGS
+    drafts: Sequence[str],
+    logs: Path,
+    *,
+    eager: bool,
+    settings: Mapping[str, Any] = EQUAL_SETTINGS,
+    pair: Pair = DEFAULT,
 ) -> AsyncIterator[Bed]:
     """Start everything; stop everything, whatever happens. `settings` are both engines'.
 
@@ -108,12 +113,16 @@ async def laid_out(
     settings = {**settings, "enforce_eager": eager}
     async with contextlib.AsyncExitStack() as stack:
         cloud_port, stock_port = free_ports(2)
-        cloud_daemon = daemon(stack, "cloud_server", _cloud_flags(cloud_port, settings), logs)
-        stock_arguments = [str(model_home() / "target"), str(stock_port)]
+        target = pair.home / TARGET
+        cloud_flags = _cloud_flags(target, cloud_port, settings)
+        cloud_daemon = daemon(stack, "cloud_server", cloud_flags, logs)
+        stock_arguments = [str(target), str(stock_port)]
         stock_arguments += [f"{name}={json.dumps(value)}" for name, value in settings.items()]
         stock_daemon = daemon(stack, "bench.stock.server", stock_arguments, logs)
         stack.enter_context(pinned(edge_core()))  # the cloud's processes have their core by now
-        drafting = {draft: await stack.enter_async_context(drafter(draft)) for draft in drafts}
+        drafting = {
+            draft: await stack.enter_async_context(drafter(draft, pair)) for draft in drafts
+        }
         stock_relay, cloud_relay = [await _relay(stack, port) for port in (stock_port, cloud_port)]
         cloud = CloudLink(f"127.0.0.1:{cloud_relay.port}", connect_timeout_s=LINK_TIMEOUT_S)
         stack.push_async_callback(cloud.close)
@@ -129,7 +138,7 @@ async def laid_out(
             cloud_relay=cloud_relay,
             stock_relay=stock_relay,
             drafting=drafting,
-            tokenizer=Tokenizer.load(model_home() / "target"),
+            tokenizer=Tokenizer.load(target),
             settings={"both": settings, "stock": stock.description},
             cloud_pid=cloud_daemon.pid,
             stock_pid=stock_daemon.pid,
@@ -138,7 +147,7 @@ async def laid_out(
         yield bed
 
 
-def _cloud_flags(port: int, settings: dict[str, Any]) -> list[str]:
+def _cloud_flags(target: Path, port: int, settings: dict[str, Any]) -> list[str]:
     flags = {
         "server.port": port,
         "server.grace_s": 1,
@@ -146,7 +155,7 @@ def _cloud_flags(port: int, settings: dict[str, Any]) -> list[str]:
         "server.session_idle_timeout_s": LINK_TIMEOUT_S,
         "server.keepalive_time_s": LINK_TIMEOUT_S,
         "metrics.enabled": "false",
-        "engine.model": model_home() / "target",
+        "engine.model": target,
         "engine.max_sparse_k": 1 << 16,  # the whole distribution may travel
         **{f"engine.args.{name}": _flag(value) for name, value in settings.items()},
     }
@@ -166,17 +175,17 @@ def daemon(
     return started
 
 
-def drafter_spec(draft: str) -> DrafterSpec:
-    """One of the prepared draft models or "ngram", on the edge's core."""
+def drafter_spec(draft: str, pair: Pair = DEFAULT) -> DrafterSpec:
+    """One of the pair's draft models or "ngram", on the edge's core."""
     if draft == "ngram":
         return DrafterSpec("ngram", "", cpu=edge_core())
-    folder = model_home() / f"draft-{draft}"
+    folder = pair.home / f"draft-{draft}"
     return DrafterSpec("onnx", str(folder), threads=1, cpu=edge_core())
 
 
 @asynccontextmanager
-async def drafter(draft: str) -> AsyncIterator[DraftingProcess]:
-    drafting = DraftingProcess(drafter_spec(draft))
+async def drafter(draft: str, pair: Pair = DEFAULT) -> AsyncIterator[DraftingProcess]:
+    drafting = DraftingProcess(drafter_spec(draft, pair))
     await drafting.start()
     try:
         yield drafting

@@ -32,6 +32,7 @@ SLACK = 1.5  # of the window over what steady times need: times are not steady
 HOPE_MIN = 0.05  # drafts less likely to be reached are not made
 
 GAIN_MIN = 0.02  # drafting must bring this much more
+CLEAR_GAIN = 0.15  # over all that the cloud could do alone: then nobody looks at it alone
 ENOUGH_S = {True: 0.8, False: 0.4}  # of generation time to know an arm by; drafting is the noisier
 ENOUGH_TOKENS = 12
 LOOK_TIMEOUT_S = 4.0  # for an arm that makes no tokens to judge it by
@@ -111,25 +112,31 @@ class Choice:
     next_look_s: float = -math.inf
     num_confirmed: int = 0  # looks in a row at an arm that was still the slower one
 
-    def update(self, on: Rate, off: Rate, now: float) -> None:
-        """Decide, unless a look is under way."""
+    def update(self, on: Rate, off: Rate, off_max: float, now: float) -> None:
+        """Decide, unless a look is under way. Without drafts there are at most `off_max` tokens
+        per second."""
         if self.looks_since_s is not None:
             if not self._has_seen_enough(now):
                 return
             self._end_look(on, off, now)
+        if _is_known(on, drafts=True) and on.per_second > (1.0 + CLEAR_GAIN) * off_max:
+            self.drafts = True
+            return
         for rate, drafts in ((on, True), (off, False)):
             if not _is_known(rate, drafts=drafts):
                 self._look(drafts=drafts, now=now)
                 return
         if now >= self.next_look_s:
-            other = not _pays(on, off)
+            other = not _pays(on.per_second, off.per_second)
             (on if other else off).fade()
             self._look(drafts=other, now=now)
         else:
-            self.drafts = _pays(on, off)
+            self.drafts = _pays(on.per_second, off.per_second)
 
     def _end_look(self, on: Rate, off: Rate, now: float) -> None:
-        confirmed = self.drafts is not _pays(on, off)  # the arm looked at is still the slower one
+        confirmed = self.drafts is not _pays(
+            on.per_second, off.per_second
+        )  # the arm looked at is still the slower one
         self.looks_since_s = None
         self.num_confirmed = self.num_confirmed + 1 if confirmed else 0
         slower, faster = sorted((on.per_second, off.per_second))
@@ -157,8 +164,8 @@ def _is_known(rate: Rate, *, drafts: bool) -> bool:
     return rate.seconds >= ENOUGH_S[drafts] / 2
 
 
-def _pays(on: Rate, off: Rate) -> bool:
-    return on.per_second > (1.0 + GAIN_MIN) * off.per_second
+def _pays(on_per_second: float, off_per_second: float) -> bool:
+    return on_per_second > (1.0 + GAIN_MIN) * off_per_second
 
 
 class AutoControl:
@@ -259,11 +266,13 @@ class AutoCourse:
         control, estimates = self.control, self.control.estimates
         setting = control.setting(batch_size=self.batch_size, sampled=self.sampled)
         arms, choice = estimates.arms(setting), control.choice(setting)
-        choice.update(arms[Arm(self.mode.value)], arms[Arm.OFF], now)
+        on, off = arms[Arm(self.mode.value)], arms[Arm.OFF]
+        off_max = estimates.bound(setting)
+        choice.update(on, off, off_max, now)
         drafts = choice.drafts and self.draft_budget > 0
         drafts = drafts and control.has_hope and control.drafter_works()
         if drafts and choice.looks_since_s is None:
-            drafts = not self._is_paused(arms[Arm.OFF], now)
+            drafts = not self._is_paused(off.per_second or off_max, now)
         if drafts is not self._drafts:
             if self._drafts is not None:
                 self._changed_s = now
@@ -273,12 +282,12 @@ class AutoCourse:
             self._last = DraftPlan(DRAFT_LENGTH_MAX, window)
         return self._last
 
-    def _is_paused(self, off: Rate, now: float) -> bool:
+    def _is_paused(self, off_per_second: float, now: float) -> bool:
         """Whether the drafts for this text, which may be a hard one, do not pay."""
         if now < self._paused_until_s:
             return True
         if self._own_s >= ENOUGH_S[True] and self._own_tokens >= ENOUGH_TOKENS:
-            pays = _pays(Rate(self._own_tokens, self._own_s), off)
+            pays = _pays(self._own_tokens / self._own_s, off_per_second)
             self._own_tokens, self._own_s = 0, 0.0
             if not pays:
                 self._paused_until_s = now + self._pause_s
@@ -294,13 +303,14 @@ class AutoCourse:
         estimates.age(now)
         if round_trip_s is not None:
             estimates.round_trip.add(1e3 * round_trip_s)
-        if verdict.compute_us:
-            estimates.step.add(verdict.compute_us / 1e3)
         estimates.acceptance.add(1.0, verdict.num_accepted)
         if verdict.num_accepted < verdict.num_draft_tokens:
             estimates.acceptance.add(0.0)
         if verdict.batch_size:
             self.batch_size, self.draft_budget = verdict.batch_size, verdict.draft_budget
+        if verdict.compute_us:
+            setting = self.control.setting(batch_size=self.batch_size, sampled=self.sampled)
+            estimates.stepped(setting, verdict.compute_us / 1e3)
         before, self._heard_s = self._heard_s, now
         if before is None:
             return  # the prompt's prefill

@@ -19,6 +19,7 @@ ACCEPTANCE_TIME_CONSTANT_S = 10.0  # it hangs on the text, and is noisy
 ACCEPTANCE_PRIOR, ACCEPTANCE_PRIOR_WEIGHT = 0.7, 4.0
 RATE_MEMORY_S = 20.0  # of generation time, in an arm's rate
 STALE_RATE_S = 1.0  # what an old rate weighs when its arm is looked at anew
+FASTEST_FORGOTTEN = 0.01  # of the distance to the fastest step, with each step
 RTT_FLOOR_MS = 16.0  # round trips are told apart by their logarithm, above this
 SETTINGS_MAX = 256
 
@@ -99,6 +100,7 @@ class Estimates:
     step: DecayingMean = field(default_factory=DecayingMean)  # ms of an engine step
     acceptance: DecayingMean = field(default_factory=DecayingMean)  # of drafts looked at
     rates: dict[Setting, dict[Arm, Rate]] = field(default_factory=dict)
+    fastest_step_ms: dict[Setting, float] = field(default_factory=dict)
     aged_s: float = 0.0
 
     def age(self, now: float) -> None:
@@ -116,9 +118,24 @@ class Estimates:
         total = self.acceptance.total + ACCEPTANCE_PRIOR * ACCEPTANCE_PRIOR_WEIGHT
         return total / (self.acceptance.weight + ACCEPTANCE_PRIOR_WEIGHT)
 
+    def stepped(self, setting: Setting, step_ms: float) -> None:
+        """An engine step took so long; one that was fast is forgotten slowly."""
+        self.step.add(step_ms)
+        fastest_ms = self.fastest_step_ms.get(setting, step_ms)
+        if step_ms > fastest_ms:
+            step_ms = fastest_ms + FASTEST_FORGOTTEN * (step_ms - fastest_ms)
+        self.fastest_step_ms[setting] = step_ms
+
+    def bound(self, setting: Setting) -> float:
+        """Tokens per second that a generation without drafts cannot exceed: one each step."""
+        fastest_ms = self.fastest_step_ms.get(setting, 0.0)
+        return 1e3 / fastest_ms if fastest_ms else math.inf
+
     def arms(self, setting: Setting) -> dict[Arm, Rate]:
         if setting not in self.rates and len(self.rates) >= SETTINGS_MAX:
-            self.rates.pop(next(iter(self.rates)))
+            oldest = next(iter(self.rates))
+            del self.rates[oldest]
+            self.fastest_step_ms.pop(oldest, None)
         return self.rates.setdefault(setting, {arm: Rate() for arm in Arm})
 
     def as_json(self) -> dict[str, Any]:

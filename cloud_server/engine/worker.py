@@ -33,7 +33,7 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker  # type: ignore[assignment]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM logs in this process
 
 PARENT_POLL_S = 1.0
 _NO_TOKEN = -1  # vLLM's PLACEHOLDER_TOKEN_ID: removed when the output is parsed
