@@ -98,6 +98,11 @@ bench-quick: install models ## the same in five minutes, a few tokens of each; w
 bench-floor: install models ## check that the defaults are never slower than stock vLLM (45 minutes)
 	$(BIN)/python -m bench.floor $(BENCH_ARGS)
 
+.PHONY: bench-pair
+bench-pair: install ## measure a pair of two models beside stock vLLM (20 minutes)
+	@$(BIN)/picospec prepare --pair qwen2.5-coder
+	$(BIN)/python -m bench.floor --pair qwen2.5-coder --minutes 20 $(BENCH_ARGS)
+
 .PHONY: bench-overhead
 bench-overhead: install models ## measure what the system costs beside the models' own forwards
 	$(BIN)/python -m bench.overhead $(BENCH_ARGS)

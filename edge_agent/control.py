@@ -223,7 +223,7 @@ class AutoControl:
     def has_hope(self) -> bool:
         """Whether a chain can get ahead of a cloud that goes on alone for a round trip."""
         lead = self.estimates.round_trip.mean() / self.estimates.step.mean(20.0)
-        hope: float = self.estimates.alpha**lead
+        hope: float = self.estimates.hoped_alpha**lead
         return hope >= HOPE_MIN
 
     def _faster_mode(self) -> VerificationMode:

@@ -17,6 +17,7 @@ from picospec.protocol.messages import VerificationMode
 TIME_CONSTANT_S = 1.5  # of paces and round trips
 ACCEPTANCE_TIME_CONSTANT_S = 10.0  # it hangs on the text, and is noisy
 ACCEPTANCE_PRIOR, ACCEPTANCE_PRIOR_WEIGHT = 0.7, 4.0
+ACCEPTANCE_HOPED, ACCEPTANCE_HOPED_WEIGHT = 0.97, 4.0
 RATE_MEMORY_S = 20.0  # of generation time, in an arm's rate
 STALE_RATE_S = 1.0  # what an old rate weighs when its arm is looked at anew
 FASTEST_FORGOTTEN = 0.01  # of the distance to the fastest step, with each step
@@ -115,8 +116,15 @@ class Estimates:
     @property
     def alpha(self) -> float:
         """Probability that a draft is accepted, given that those before it were."""
-        total = self.acceptance.total + ACCEPTANCE_PRIOR * ACCEPTANCE_PRIOR_WEIGHT
-        return total / (self.acceptance.weight + ACCEPTANCE_PRIOR_WEIGHT)
+        return self._alpha(ACCEPTANCE_PRIOR, ACCEPTANCE_PRIOR_WEIGHT)
+
+    @property
+    def hoped_alpha(self) -> float:
+        """The same, of drafts that nobody has seen yet: what is never tried is never known."""
+        return self._alpha(ACCEPTANCE_HOPED, ACCEPTANCE_HOPED_WEIGHT)
+
+    def _alpha(self, prior: float, weight: float) -> float:
+        return (self.acceptance.total + prior * weight) / (self.acceptance.weight + weight)
 
     def stepped(self, setting: Setting, step_ms: float) -> None:
         """An engine step took so long; one that was fast is forgotten slowly."""

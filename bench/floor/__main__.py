@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 
 from bench.floor import report
-from bench.floor.grid import grid
+from bench.floor.grid import grid, pair_grid
 from bench.floor.runner import run
 from bench.machine import description, read_bandwidth_gb_s
 from bench.runner import commit
 from picospec_cli.console import CommandFailed
+from picospec_cli.pairs import DEFAULT, PAIRS
 
 
 def main() -> int:
@@ -30,13 +31,18 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few cells of each kind")
     parser.add_argument("--cells", metavar="PATTERN", help="cells whose name this expression finds")
     parser.add_argument("--minutes", type=float, default=45.0, help="to be done by then (45)")
+    parser.add_argument(
+        "--pair", choices=tuple(PAIRS), default=DEFAULT.name,
+        help="target and draft; a pair of two models has cells of its own (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="name the cells, and end")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), metavar="FOLDER")
     parser.add_argument("--eager", action="store_true", help="do not compile: to try things out")
     arguments = parser.parse_args()
     pattern = re.compile(arguments.cells or "")
     groups = []
-    for group in grid(quick=arguments.quick):
+    pair = PAIRS[arguments.pair]
+    for group in grid(quick=arguments.quick) if pair is DEFAULT else pair_grid():
         kept = tuple(contender for name, contender in group.cells if pattern.search(name))
         if kept:
             groups.append(replace(group, contenders=kept))
@@ -49,7 +55,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="picospec-floor-") as logs:
         try:
             cells, settings = asyncio.run(
-                run(groups, Path(logs), minutes=arguments.minutes, eager=arguments.eager, say=say)
+                run(
+                    groups,
+                    Path(logs),
+                    minutes=arguments.minutes,
+                    eager=arguments.eager,
+                    say=say,
+                    pair=pair,
+                )
             )
         except CommandFailed as error:
             print(f"bench.floor: {error}", file=sys.stderr)
@@ -62,7 +75,7 @@ def main() -> int:
         settings=settings,
         wall_s=time.monotonic() - started_s,
     )
-    print(f"{report.write(cells, about, arguments.output)} is written, all trials beside it")
+    print(f"{report.write(cells, about, arguments.output, pair)} is written, all trials beside it")
     problems = [problem for cell in cells for problem in cell.problems]
     print("\n".join(problems), file=sys.stderr)
     return 1 if problems else 0

@@ -37,6 +37,7 @@ class Load:
     max_tokens: int = 64
     chats: int = 1
     prompt_tokens: int = 0  # 0: one of the benchmark's own prompts, as long as it is
+    prompt_kind: str = ""  # of the own prompts; "": any
     change: Change = Change.NONE
 
     @property
@@ -47,6 +48,7 @@ class Load:
         """
         number = f"={self.chats}" if self.kind in (Kind.CHATS, Kind.FLEET) else ""
         prompt = f" prompt={self.prompt_tokens}" if self.prompt_tokens else ""
+        prompt += f" {self.prompt_kind}" if self.prompt_kind else ""
         change = f" {self.change.value}" if self.change is not Change.NONE else ""
         end = f" rtt={self.rtt_ms:g} T={self.temperature:g}"
         return f"{self.kind.value}{number}{change}{prompt}{end}"
@@ -79,6 +81,7 @@ class Contender:
 class Group:
     load: Load
     contenders: tuple[Contender, ...]
+    wanted: float = 0.97  # the ratio that the default settings should reach
 
     @property
     def cells(self) -> Iterator[tuple[str, Contender]]:
@@ -102,6 +105,7 @@ ALPHAS = (0.7, 0.9)
 REPLAY_TOKEN_MS = 10.0  # between int4's pace and int8's on the machines measured so far
 PROMPTS = (30, 1000, 4000)
 USUAL_RTT_MS = 20.0
+FEW = 4  # edges, of which each should gain
 CHANGE_TOKENS = 1500  # more than any side makes while it is looked at
 
 
@@ -119,7 +123,6 @@ def with_fixed(*drafters: str) -> tuple[Contender, ...]:
 
 def grid(*, quick: bool = False) -> tuple[Group, ...]:
     """All groups, or a few that show whether anything is badly wrong."""
-    replays = tuple(Contender("replay", alpha=each, token_ms=REPLAY_TOKEN_MS) for each in ALPHAS)
     models = tuple(map(Contender, MODELS))
     single = (
         Group(Load(Kind.SINGLE, rtt_ms, temperature), with_fixed(*DRAFTERS))
@@ -131,9 +134,14 @@ def grid(*, quick: bool = False) -> tuple[Group, ...]:
         for each in ((4, 16) if quick else CHATS)
     )
     fleet = (
-        Group(Load(Kind.FLEET, rtt_ms, chats=each), replays)
+        Group(
+            Load(Kind.FLEET, rtt_ms, chats=each),
+            (Contender("replay", alpha=alpha, token_ms=REPLAY_TOKEN_MS),),
+            wanted=1.3 if alpha >= 0.9 and each <= FEW else 1.0,
+        )
         for rtt_ms in ((20.0,) if quick else FLEET_RTTS_MS)
         for each in ((1, 8) if quick else FLEETS)
+        for alpha in ALPHAS
     )
     change = (
         Group(
@@ -149,3 +157,23 @@ def grid(*, quick: bool = False) -> tuple[Group, ...]:
         for contender in (models[1:] if quick else models)
     )
     return (*single, *chats, *fleet, *(() if quick else change), *turns)
+
+
+# A pair of two models: what is wanted of it, by temperature and round trip.
+PAIR_WANTED = {
+    0.0: {20.0: 3.6, 50.0: 3.5, 200.0: 3.0},
+    0.7: {20.0: 3.2, 50.0: 3.1, 200.0: 2.6},
+}
+PAIR_TOKENS = 96
+
+
+def pair_grid() -> tuple[Group, ...]:
+    """One chat and four, about code."""
+    contenders = (Contender("int4"),)
+    groups = []
+    for temperature, wanted in PAIR_WANTED.items():
+        for rtt_ms, ratio in wanted.items():
+            one = Load(Kind.SINGLE, rtt_ms, temperature, PAIR_TOKENS, prompt_kind="code")
+            four = Load(Kind.CHATS, rtt_ms, temperature, PAIR_TOKENS, chats=4, prompt_kind="code")
+            groups += [Group(one, contenders, ratio), Group(four, contenders)]
+    return tuple(groups)

@@ -83,9 +83,10 @@ class Loads:
             token_ids = self._long_prompt(load.prompt_tokens, name)
             return [Task(name, token_ids, load.max_tokens, SEED + repetition)]
         tasks = []
+        prompts = [each for each in self._prompts if load.prompt_kind in ("", each.kind)]
         for chat in range(load.chats):
             number = repetition * load.chats + chat
-            prompt = self._prompts[number % len(self._prompts)]
+            prompt = prompts[number % len(prompts)]
             token_ids = prompt_tokens(self._bed, prompt.prompt)
             tasks.append(Task(prompt.id, token_ids, load.max_tokens, SEED + number))
         return tasks

@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.floor.grid import FLOOR_MIN, Kind
 from bench.floor.results import Cell, best_fixed
+from picospec_cli.pairs import DEFAULT, Pair
 
 TITLES = {
     Kind.SINGLE: "One chat: tokens/s after the first",
@@ -30,25 +31,27 @@ class About:
     wall_s: float
 
 
-def write(cells: Sequence[Cell], about: About, folder: Path) -> Path:
-    """floor.json and floor.md; returns the latter."""
+def write(cells: Sequence[Cell], about: About, folder: Path, pair: Pair = DEFAULT) -> Path:
+    """floor.json and floor.md, or a pair's; returns the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"name": cell.name, "ratio": cell.ratio, "wanted": cell.wanted, **asdict(cell)}
         for cell in cells
     ]
     data = {"about": asdict(about), "cells": rows}
-    (folder / "floor.json").write_text(json.dumps(data, indent=1, default=_plain) + "\n")
-    path = folder / "floor.md"
-    path.write_text(document(cells, about))
+    name = "floor" if pair is DEFAULT else pair.name
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1, default=_plain) + "\n")
+    path = folder / f"{name}.md"
+    path.write_text(document(cells, about, pair))
     return path
 
 
-def document(cells: Sequence[Cell], about: About) -> str:
+def document(cells: Sequence[Cell], about: About, pair: Pair = DEFAULT) -> str:
     machine = about.machine
     lines = [
         "# The floor: the default settings beside stock vLLM",
         "",
+        f"{pair.title}.",
         f"{about.date}, commit {about.commit}, {about.wall_s / 60:.0f} minutes.",
         f"Machine: {machine['processor']}, {machine['cores']} cores; one core reads",
         f"{about.read_bandwidth_gb_s:.1f} GB/s from memory.",
@@ -67,6 +70,18 @@ def document(cells: Sequence[Cell], about: About) -> str:
         of_kind = [cell for cell in cells if cell.load.kind is kind]
         if of_kind:
             lines += ["", f"## {TITLES[kind]}", "", *table(kind, of_kind)]
+    rounded = sorted(
+        {
+            str(each)
+            for cell in cells
+            for trial in cell.trials
+            for each in trial.differences
+            if each.is_rounding
+        }
+    )
+    if rounded:
+        lines += ["", "## Greedy texts that leave stock vLLM's within bf16's rounding", ""]
+        lines += [f"- {each}" for each in rounded]
     problems = [problem for cell in cells for problem in cell.problems]
     lines += ["", "## What fails", "", *([f"- {each}" for each in problems] or ["Nothing."])]
     return "\n".join(lines) + "\n"
@@ -76,7 +91,7 @@ HEAD = ("load", "contender", "stock tokens/s", "tokens/s", "first", "ratio", "of
 LATENCIES = ("TTFT ms", "stock", "2nd token ms", "stock", "longest gap ms", "stock")
 EVENNESS = ("slowest/mean", "stock")
 COSTS = (
-    *("forwards", "engine ms", "cloud CPU ms", "stock's CPU ms"),
+    *("accepted", "forwards", "engine ms", "cloud CPU ms", "stock's CPU ms"),
     *("drafted", "edge CPU ms"),
 )
 
@@ -128,7 +143,10 @@ def _special(cell: Cell) -> tuple[str, ...]:
 
 def _costs(cell: Cell) -> tuple[str, ...]:
     stock_ms = sum(trial.stock_cpu_ms for trial in cell.trials) / len(cell.trials)
+    judged = cell.per_token(lambda spent: spent.judged)
+    accepted = cell.per_token(lambda spent: spent.accepted)
     return (
+        f"{accepted / judged:.2f}" if judged else "",
         f"{cell.per_token(lambda spent: spent.forwards):.2f}",
         f"{cell.per_token(lambda spent: 1e3 * spent.engine_s):.1f}",
         f"{cell.per_token(lambda spent: 1e3 * spent.cloud_cpu_s):.1f}",

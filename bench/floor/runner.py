@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.bed import Bed, laid_out
+from bench.floor.gaps import Gaps
 from bench.floor.grid import MODELS, Contender, Group, Kind
 from bench.floor.loads import Loads, Run
 from bench.floor.results import Cell, trials
@@ -19,6 +20,7 @@ from bench.floor.sources import EdgeSource, Links, StockSource
 from bench.runner import in_order
 from bench.stock.server import EQUAL_SETTINGS
 from bench.systems import Task
+from picospec_cli.pairs import DEFAULT, Pair
 
 SETTINGS = {
     **EQUAL_SETTINGS,
@@ -33,7 +35,13 @@ Say = Callable[[str], None]
 
 
 async def run(
-    groups: Sequence[Group], logs: Path, *, minutes: float, eager: bool, say: Say
+    groups: Sequence[Group],
+    logs: Path,
+    *,
+    minutes: float,
+    eager: bool,
+    say: Say,
+    pair: Pair = DEFAULT,
 ) -> tuple[list[Cell], dict[str, Any]]:
     """The cells that there was time for, and both engines' settings.
 
@@ -51,11 +59,14 @@ async def run(
         if not part:
             continue
         engine = {**SETTINGS, "enable_prefix_caching": part is turns}
+        engine |= {"dtype": "bfloat16"} if pair.precision == "bf16" else {}
         say(f"starting both engines and the drafters for {len(part)} groups ...")
         drafts = sorted({*MODELS, "ngram"} & _drafters(part))
-        async with laid_out(drafts, logs, eager=eager, settings=engine) as bed:
+        gaps = Gaps(pair)
+        async with laid_out(drafts, logs, eager=eager, settings=engine, pair=pair) as bed:
             settings = bed.settings
-            cells += await Floor(bed, say).run(part, until_s)
+            cells += await Floor(bed, say, gaps).run(part, until_s)
+        gaps.measure()
     return cells, settings
 
 
@@ -67,8 +78,9 @@ def _drafters(groups: Sequence[Group]) -> set[str]:
 class Floor:
     """All repetitions of some groups on one bed."""
 
-    def __init__(self, bed: Bed, say: Say) -> None:
+    def __init__(self, bed: Bed, say: Say, gaps: Gaps) -> None:
         self._bed = bed
+        self._gaps = gaps
         self._say = say
         self._loads = Loads(bed)
         self._links = Links(bed)
@@ -108,7 +120,7 @@ class Floor:
             patience_s = min(STOCK_TIMEOUT_S, PATIENCE_S + SLOWNESS_MAX * stock_s)
             ours[contender] = await self._attempt(group, contender, source, tasks, patience_s)
         for contender, outcome in ours.items():
-            self._note(group, contender, stock, outcome)
+            self._note(group, contender, tasks, stock, outcome)
 
     async def _attempt(
         self,
@@ -137,14 +149,21 @@ class Floor:
         return self._edges[group, contender]
 
     def _note(
-        self, group: Group, contender: Contender, stock: list[Run], ours: Run | Exception
+        self,
+        group: Group,
+        contender: Contender,
+        tasks: Sequence[Task],
+        stock: list[Run],
+        ours: Run | Exception,
     ) -> None:
         for part, trial in trials(group.load, stock, ours).items():
-            new = Cell(group.load, contender, part)
+            new = Cell(group.load, contender, part, group.wanted)
             cell = self._cells.setdefault((group, contender, part), new)
             cell.trials.append(trial)
+            for difference in trial.differences:
+                self._gaps.note(difference, tasks, stock[0].texts)
             tokens_per_s = trial.ours.tokens_per_s if trial.ours is not None else 0.0
-            remarks = "  ".join(filter(None, [trial.error, *trial.differences]))
+            remarks = "  ".join(filter(None, [trial.error, *map(str, trial.differences)]))
             self._say(
                 f"{cell.name:<60} {tokens_per_s:6.1f} / {trial.stock.tokens_per_s:6.1f} tokens/s"
                 f" = {trial.ratio:5.2f}  {remarks}"

@@ -32,6 +32,8 @@ class Spent:
     forwards: int = 0  # of the target, told by verdicts
     engine_s: float = 0.0  # steps, told by verdicts: one that serves many chats counts for each
     drafted: int = 0
+    judged: int = 0
+    accepted: int = 0
 
     def __sub__(self, earlier: "Spent") -> "Spent":
         return Spent(
@@ -40,6 +42,8 @@ class Spent:
             self.forwards - earlier.forwards,
             self.engine_s - earlier.engine_s,
             self.drafted - earlier.drafted,
+            self.judged - earlier.judged,
+            self.accepted - earlier.accepted,
         )
 
 
@@ -98,10 +102,14 @@ class Tally(NullObserver):
         self.forwards = 0
         self.engine_s = 0.0
         self.drafted_tokens = 0
+        self.judged = 0
+        self.accepted = 0
 
     def verdict(self, verdict: Verdict) -> None:
         self.forwards += verdict.num_forwards
         self.engine_s += verdict.compute_us * 1e-6
+        self.judged += verdict.num_draft_tokens
+        self.accepted += verdict.num_accepted
 
     def drafted(self, num_tokens: int) -> None:
         self.drafted_tokens += num_tokens
@@ -154,6 +162,8 @@ class EdgeSource:
             tally.forwards,
             tally.engine_s,
             tally.drafted_tokens,
+            tally.judged,
+            tally.accepted,
         )
 
 

@@ -100,9 +100,14 @@ def test_a_ratio_is_over_the_mean_of_both_baselines() -> None:
 def test_a_greedy_text_must_be_the_baselines() -> None:
     ours = run_at(50.0, [1, 2, 9, 4])
     [trial] = trials(LOAD, [run_at(40.0)], ours).values()
-    assert trial.differences == ("prompt a: differs from stock vLLM at token 2",)
+    [difference] = trial.differences
+    assert str(difference) == "prompt a: differs from stock vLLM at token 2"
     cell = Cell(LOAD, Contender("int8"), trials=[trial])
     assert len(cell.problems) == 1
+    difference.gap, difference.rounding = 0.3, 0.125  # in bf16, either may be the best token
+    assert not cell.problems
+    difference.gap = 0.6
+    assert "logits 0.600 apart (bf16: 0.125)" in cell.problems[0]
     sampled = replace(LOAD, temperature=0.7)
     assert trials(sampled, [run_at(40.0)], ours)[""].differences == ()
     ended_early = run_at(50.0, [1, 2])
@@ -168,6 +173,6 @@ def test_the_document_marks_what_falls_short() -> None:
     ]
     text = report.document(cells, about)
     assert "20.0 GB/s" in text
-    assert "| 0.90 | **0.90** | 0.60 | 0.50 | 20.0 | 25.0 | 25.0 | 1.50 | 5.0 |" in text
+    assert "| 0.90 | **0.90** | 0.60 |  | 0.50 | 20.0 | 25.0 | 25.0 | 1.50 | 5.0 |" in text
     assert "- single rtt=20 T=0 int8: 0.90 of stock vLLM's tokens per second" in text
     assert "chats=4" in text
