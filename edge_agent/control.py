@@ -17,7 +17,7 @@ Time is passed in, in seconds; nothing here waits or reads a clock.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from edge_agent.estimates import Arm, Estimates, Rate, Setting
@@ -123,7 +123,7 @@ class Choice:
             self.drafts = True
             return
         for rate, drafts in ((on, True), (off, False)):
-            if not _is_known(rate, drafts=drafts):
+            if not _is_known(rate, drafts=drafts) and (now >= self.next_look_s or not drafts):
                 self._look(drafts=drafts, now=now)
                 return
         if now >= self.next_look_s:
@@ -134,10 +134,11 @@ class Choice:
             self.drafts = _pays(on.per_second, off.per_second)
 
     def _end_look(self, on: Rate, off: Rate, now: float) -> None:
-        confirmed = self.drafts is not _pays(
-            on.per_second, off.per_second
-        )  # the arm looked at is still the slower one
         self.looks_since_s = None
+        if not (_is_known(on, drafts=True) and _is_known(off, drafts=False)):
+            return
+        pays = _pays(on.per_second, off.per_second)
+        confirmed = self.drafts is not pays  # the arm looked at is still the slower one
         self.num_confirmed = self.num_confirmed + 1 if confirmed else 0
         slower, faster = sorted((on.per_second, off.per_second))
         loss = 1.0 - slower / faster if faster else 0.0
@@ -145,6 +146,11 @@ class Choice:
         self.next_look_s = now + min(
             interval_s * 2.0 ** min(self.num_confirmed, 8), LOOK_INTERVAL_MAX_S
         )
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it is known what to do for some time."""
+        return self.looks_since_s is None and math.isfinite(self.next_look_s)
 
     def sampled(self, tokens: int, seconds: float) -> None:
         self.looked_s += seconds
@@ -204,8 +210,15 @@ class AutoControl:
         round_trip_ms = self.estimates.round_trip.mean()
         return Setting.of(batch_size=batch_size, round_trip_ms=round_trip_ms, sampled=sampled)
 
-    def choice(self, setting: Setting) -> Choice:
-        return self._choices.setdefault(setting, Choice())
+    def choice(self, setting: Setting, now: float) -> Choice:
+        """What is done in `setting`. Where drafts do not pay in a smaller batch, they hardly will
+        in a larger one: they are not tried there at once."""
+        if setting not in self._choices:
+            choice = self._choices[setting] = Choice()
+            smaller = self._choices.get(replace(setting, batch=setting.batch - 1))
+            if smaller is not None and smaller.is_decided and not smaller.drafts:
+                choice.drafts, choice.next_look_s = False, now + LOOK_INTERVAL_MIN_S
+        return self._choices[setting]
 
     def window(self, draft_budget: int) -> int:
         """How far ahead: drafts until the verdict on the first of them is back, with slack."""
@@ -265,7 +278,7 @@ class AutoCourse:
     def plan(self, now: float) -> DraftPlan:
         control, estimates = self.control, self.control.estimates
         setting = control.setting(batch_size=self.batch_size, sampled=self.sampled)
-        arms, choice = estimates.arms(setting), control.choice(setting)
+        arms, choice = estimates.arms(setting), control.choice(setting, now)
         on, off = arms[Arm(self.mode.value)], arms[Arm.OFF]
         off_max = estimates.bound(setting)
         choice.update(on, off, off_max, now)
@@ -331,6 +344,6 @@ class AutoCourse:
         if self._drafts:
             self._own_tokens += num_tokens
             self._own_s += seconds
-        choice = self.control.choice(setting)
+        choice = self.control.choice(setting, now)
         if choice.drafts is self._drafts:
             choice.sampled(num_tokens, seconds)

@@ -206,3 +206,25 @@ def test_a_damaged_file_is_left_aside(tmp_path, content: bytes) -> None:
 def test_without_a_place_nothing_is_kept(tmp_path) -> None:
     EstimatesFile("").write(Estimates())
     EstimatesFile(str(tmp_path / "nowhere" / "file.json")).write(Estimates())
+
+
+def test_where_drafts_clearly_beat_one_token_a_step_nobody_looks_at_the_cloud_alone() -> None:
+    edge = Edge(on=90.0, off=45.0)  # a step takes 20 ms: without drafts there are 50 at most
+    assert edge.chat(20.0) == pytest.approx(1.0, abs=0.02)
+    edge = Edge(on=55.0, off=40.0)  # that may be the step's noise
+    assert edge.chat(20.0) < 0.99
+
+
+def test_what_does_not_pay_in_a_small_batch_is_not_tried_at_once_in_a_larger_one() -> None:
+    edge = Edge(on=30.0, off=50.0)
+    edge.chat(20.0)
+    edge.batch_size = 2
+    assert edge.chat(6.0) < 0.1
+    edge.on = 90.0  # looked at some seconds later all the same
+    assert edge.chat(30.0) > 0.5
+
+
+def test_drafts_are_tried_on_a_slow_link_before_there_is_no_hope_of_them() -> None:
+    edge = Edge(on=80.0, off=50.0)
+    edge.rtt_s = 0.2
+    assert edge.chat(10.0) > 0.5
