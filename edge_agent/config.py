@@ -82,8 +82,8 @@ class SpeculationConfig(Settings):
 
     mode: Literal["auto", "split", "coupled"] = "auto"
     """how the cloud judges drafts; auto: chosen per generation, and lengths while it runs"""
-    estimates_file: str = ""
-    """auto: where what was measured is kept over a restart; empty: nowhere"""
+    estimates_file: str = "auto"
+    """where what was measured is kept over a restart; auto: in $PICOSPEC_HOME; empty: nowhere"""
     draft_length: int = Field(4, ge=1, le=64)
     """split, coupled: drafts per round"""
     window: int = Field(32, ge=1, le=1024)

@@ -174,7 +174,10 @@ class EdgeServer:
                 poll_interval_s=cloud.poll_interval_s,
                 on_reachable=metrics.cloud_reachable,
             )
-            file = EstimatesFile(config.speculation.estimates_file)
+            file = EstimatesFile(
+                config.speculation.estimates_file,
+                made_with=f"{config.drafter.backend} {config.drafter.model} {cloud.address}",
+            )
             estimates = file.read()
             stack.callback(file.write, estimates)
             generator = SpeculativeGenerator(

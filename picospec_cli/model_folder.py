@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from picospec.home import home
 from picospec_cli.console import say
 
 MANIFEST = "picospec-manifest.json"
@@ -26,9 +27,8 @@ _TEMPORARY = ".building-"
 
 
 def model_home(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where prepared models live: `$PICOSPEC_HOME/models`, by default below `~/.cache`."""
-    home = environ.get("PICOSPEC_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "picospec") / "models"
+    """Where prepared models live."""
+    return home(environ) / "models"
 
 
 def is_complete(folder: Path, recipe: Recipe | None = None) -> bool:

@@ -73,7 +73,8 @@ async def edge(folder: Path, cloud_port: int, *flags: str) -> AsyncIterator[Edge
         [
             "--server.port", "0", "--drafter.backend", "ngram", "--drafter.tokenizer", str(folder),
             "--cloud.address", f"127.0.0.1:{cloud_port}", "--cloud.poll_interval_s", "0.1",
-            "--cloud.connect_timeout_s", "2", "--cloud.resume_timeout_s", "1", *flags,
+            "--cloud.connect_timeout_s", "2", "--cloud.resume_timeout_s", "1",
+            "--speculation.estimates_file", str(folder / "estimates.json"), *flags,
         ],
         {},
     )  # fmt: skip
