@@ -22,7 +22,7 @@ from tests.support.nspawn import Machine, make_root, missing_tools
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 600
 CONTAINER_TAG = "localhost/picospec-cloud"
-BASE_PACKAGES = "python3,python3-venv,ca-certificates,libnuma1"
+BASE_PACKAGES = "python3,python3-venv,python3-dev,ca-certificates,libnuma1"
 SITE_PACKAGES = Path(pytest.__file__).parents[1]  # of the environment that runs the tests
 
 

@@ -20,8 +20,8 @@ import psutil
 from tests.support.daemons import until
 
 SUITE = "bookworm"
-# vLLM's CPU build needs libnuma1.
-PACKAGES = "systemd,systemd-sysv,dbus,python3,python3-venv,ca-certificates,libnuma1"
+# vLLM's CPU build needs libnuma1, and a compiler with Python's headers.
+PACKAGES = "systemd,systemd-sysv,dbus,python3,python3-venv,python3-dev,g++,ca-certificates,libnuma1"
 BOOT_TIMEOUT_S = 120.0
 COMMAND_TIMEOUT_S = 180.0
 
