@@ -102,10 +102,8 @@ class EdgeMetrics:
         self._requests = counter("requests", "Generation requests.", "endpoint", "outcome")
         self._generations = counter("generations", "Generations that ended.", "outcome")
         self._active = gauge("active_generations", "Generations running now.")
-        self._draft_length = gauge(
-            "draft_length", "Draft length that a controller chose last, in tokens."
-        )
-        self._window = gauge("window", "Window that a controller chose last.")
+        self._draft_length = gauge("draft_length", "Draft length chosen last, in tokens.")
+        self._window = gauge("window", "Window chosen last, in tokens; 0: the drafter is stopped.")
         self._reachable = gauge("cloud_reachable", "1 while the cloud answers.")
 
     def exposition(self) -> bytes:

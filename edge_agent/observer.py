@@ -38,7 +38,7 @@ class PipelineObserver(Protocol):
         """A lost session was taken up again."""
 
     def planned(self, draft_length: int, window: int) -> None:
-        """The controller of a generation changed its lengths, in tokens."""
+        """A generation's course changed its lengths, in tokens."""
 
 
 class NullObserver:

@@ -6,13 +6,11 @@ The rules of this file:
 2. Whether a draft will be accepted is drawn when it is made, from `seed` alone, or, where a `Text`
    is replayed, on record. A text begins with its request, chance with a first token at both ends.
 
-`prediction` computes the mean of the same system without playing it. A `DraftLengthController`
-handed in steers draft length and window, and is told what an edge measures.
+`prediction` computes the mean of the same system without playing it.
 """
 
 from dataclasses import dataclass
 
-from picospec.performance.controller import DraftLengthController
 from picospec.performance.costs import Acceptance, Costs, Network, Scheme, Text, check_acceptance
 from picospec.performance.simulation.clock_and_wires import World
 from picospec.performance.simulation.cloud import Cloud
@@ -58,18 +56,12 @@ class Simulation:
     `link` or `alpha` of its `world`, then `run` again."""
 
     def __init__(
-        self,
-        costs: Costs,
-        scheme: Scheme,
-        link: Network,
-        alpha: Acceptance | Text,
-        seed: int,
-        controller: DraftLengthController | None = None,
+        self, costs: Costs, scheme: Scheme, link: Network, alpha: Acceptance | Text, seed: int
     ) -> None:
         """Raises ConfigError for a bad `alpha`."""
         if not isinstance(alpha, Text):
             check_acceptance(alpha)
-        self.world = World(costs, scheme, link, alpha, seed, controller)
+        self.world = World(costs, scheme, link, alpha, seed)
         self._edge, cloud = Edge(self.world), Cloud(self.world)
         self.world.deliver, self.world.hear = cloud.receive, self._edge.hear
         if isinstance(alpha, Text):

@@ -6,7 +6,6 @@ has happened comes before what begins.
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import itertools
 import random
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from picospec.performance.controller import DraftLengthController
 from picospec.performance.costs import Acceptance, Costs, Network, Scheme, Text, check_acceptance
 
 # Ranks of events at the same time.
@@ -24,18 +22,13 @@ HAPPENED, ARRIVES, STEP_ENDS, IS_HEARD, BEGINS = range(5)
 class SimulatedDraft(NamedTuple):
     place: int
     is_good: bool  # whether it will be accepted
-    arrived_ms: float = 0.0  # at the engine
 
 
 class SimulatedVerdict(NamedTuple):
     epoch: int
-    num_judged: int
     num_accepted: int
     num_own: int  # coupled: the recovered or bonus token
     rejected: bool
-    num_forwards: int  # since the last verdict
-    queue_ms: float  # of the newest draft judged, before the step
-    compute_ms: float  # of the step; 0 where there was none
 
 
 @dataclass(slots=True)
@@ -91,10 +84,8 @@ class World:
         link: Network,
         alpha: Acceptance | Text,
         seed: int,
-        controller: DraftLengthController | None,
     ) -> None:
         self.costs, self.scheme, self.link, self.alpha = costs, scheme, link, alpha
-        self.controller = controller
         self.now_ms = 0.0
         self.rng = random.Random(seed)
         self.counts = Counts()
@@ -145,16 +136,6 @@ class World:
     def send_down(self, num_bytes: int, handle: Callable[[], None]) -> None:
         self.counts.bytes_down += num_bytes
         self._down.send(num_bytes, IS_HEARD, handle)
-
-    def replan(self) -> None:
-        """Ask the controller; what it says holds at once, on both sides."""
-        if self.controller is None:
-            return
-        plan = self.controller.plan(self.now_ms / 1e3)
-        if (plan.draft_length, plan.window) != (self.scheme.draft_length, self.scheme.window):
-            self.scheme = dataclasses.replace(
-                self.scheme, draft_length=plan.draft_length, window=plan.window
-            )
 
 
 class Wire:

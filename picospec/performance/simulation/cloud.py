@@ -26,7 +26,6 @@ class Cloud:
         self._busy = False
         self._has_row = False
         self._head_waits = False  # for its forward
-        self._num_forwards = 0  # since the last verdict
 
     def open(self, after_ms: float) -> None:
         """With the prompt, which it has forwarded `after_ms` from now: the first token is there."""
@@ -38,7 +37,7 @@ class Cloud:
         self._busy = False
         self._committed = 0
         self._head_waits = self._world.scheme.split
-        verdict = SimulatedVerdict(0, 0, 0, 1, False, 1, 0.0, 0.0)
+        verdict = SimulatedVerdict(epoch=0, num_accepted=0, num_own=1, rejected=False)
         num_bytes = self._world.link.down_bytes(self._world.scheme, rejected=False)
         self._world.send_down(num_bytes, lambda: self._world.hear(verdict))
         self._look_up()
@@ -51,8 +50,7 @@ class Cloud:
         if head:
             self._has_row, self._head_waits = False, True
         if epoch == self._epoch and not self._dead:
-            now_ms = self._world.now_ms
-            self._queue += [draft._replace(arrived_ms=now_ms) for draft in drafts]
+            self._queue += drafts
         self._look_up()
 
     def _look_up(self) -> None:
@@ -75,33 +73,31 @@ class Cloud:
         keeps_rows = scheme.split and scheme.kept_rows
         # A draft that the row judges needs no place in the forward's.
         taken = self._queue[: scheme.draft_length + self._has_row]
-        queue_ms = world.now_ms - taken[-1].arrived_ms if taken else 0.0
         if not taken:
             if keeps_rows and scheme.fast_verify and self._head_waits:
                 self._busy, self._head_waits = True, False
-                self._forward(costs.step_ms(0), 0.0, [])
+                self._forward(costs.step_ms(0), [])
             return
         self._busy, self._head_waits = True, False
         if not self._has_row:
-            self._forward(costs.step_ms(len(taken)), queue_ms, taken)
+            self._forward(costs.step_ms(len(taken)), taken)
         elif taken[0].is_good:
             ms = costs.row_judge_ms + costs.step_ms(len(taken) - 1)
-            self._forward(ms, queue_ms, taken)
+            self._forward(ms, taken)
         else:  # rejected by the row: nothing to forward
             ms = costs.row_judge_ms
-            world.after(ms, STEP_ENDS, lambda: self._step_ended(taken[:1], queue_ms, 0.0))
+            world.after(ms, STEP_ENDS, lambda: self._step_ended(taken[:1]))
 
-    def _forward(self, ms: float, queue_ms: float, taken: list[SimulatedDraft]) -> None:
-        self._num_forwards += 1
+    def _forward(self, ms: float, taken: list[SimulatedDraft]) -> None:
         self._world.counts.forwards += 1
 
         def ended(took_ms: float) -> None:
             self._world.counts.verify_ms += took_ms
-            self._step_ended(taken, queue_ms, took_ms)
+            self._step_ended(taken)
 
         self._world.step = Step(self._world, ms, ended)
 
-    def _step_ended(self, taken: list[SimulatedDraft], queue_ms: float, compute_ms: float) -> None:
+    def _step_ended(self, taken: list[SimulatedDraft]) -> None:
         scheme = self._world.scheme
         self._busy = False
         num_accepted = next((i for i, d in enumerate(taken) if not d.is_good), len(taken))
@@ -114,17 +110,7 @@ class Cloud:
             self._dead = True
             self._queue.clear()
         if taken:
-            verdict = SimulatedVerdict(
-                self._epoch,
-                len(taken),
-                num_accepted,
-                own,
-                rejected,
-                self._num_forwards,
-                queue_ms,
-                compute_ms,
-            )
-            self._num_forwards = 0
+            verdict = SimulatedVerdict(self._epoch, num_accepted, own, rejected)
             num_bytes = self._world.link.down_bytes(scheme, rejected=rejected)
             self._world.send_down(num_bytes, lambda: self._world.hear(verdict))
         self._look_up()

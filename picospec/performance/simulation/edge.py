@@ -23,7 +23,6 @@ class Edge:
         self._run_base = 0  # place of the last recovered token
         self._chain: list[SimulatedDraft] = []  # unjudged, from committed + 1 on
         self._sent_end = 0  # place of the last draft sent
-        self._sent_at: dict[int, float] = {}  # place of a frame's last draft -> ms
         self._round_end = 0
         self._head_unsent = False
         self._busy = self._recovering = False
@@ -45,7 +44,8 @@ class Edge:
 
     def hear(self, verdict: SimulatedVerdict) -> None:
         world = self._world
-        self._report(verdict)
+        world.counts.verdicts += 1
+        world.counts.accepted += verdict.num_accepted
         num_kept = verdict.num_accepted
         bonus_kept = False
         if verdict.num_own and not verdict.rejected and num_kept < len(self._chain):
@@ -53,7 +53,6 @@ class Edge:
         num_kept += bonus_kept
         del self._chain[:num_kept]
         self.committed += num_kept
-        world.replan()
         if verdict.rejected or (verdict.num_own and not bonus_kept):
             had_draft = verdict.rejected or bool(self._chain)
             self._branch_off()
@@ -64,26 +63,9 @@ class Edge:
         self._sent_end = max(self._sent_end, self.committed)
         self._look_up()
 
-    def _report(self, verdict: SimulatedVerdict) -> None:
-        """Count it, and tell the controller what an edge would see."""
-        world = self._world
-        world.counts.verdicts += 1
-        world.counts.accepted += verdict.num_accepted
-        controller = world.controller
-        if controller is None:
-            return
-        queue_s, compute_s = verdict.queue_ms / 1e3, verdict.compute_ms / 1e3
-        num_judged, num_forwards = verdict.num_judged, verdict.num_forwards
-        controller.judged(num_judged, verdict.num_accepted, num_forwards, queue_s, compute_s)
-        sent_ms = self._sent_at.get(self.committed + verdict.num_judged)
-        if sent_ms is not None:
-            spent_ms = verdict.queue_ms + verdict.compute_ms
-            controller.round_trip((world.now_ms - sent_ms - spent_ms) / 1e3)
-
     def _branch_off(self) -> None:
         self._epoch += 1
         self._chain.clear()
-        self._sent_at.clear()
         self._sent_end = self._round_end = 0
 
     def _look_up(self) -> None:
@@ -110,8 +92,6 @@ class Edge:
     def _drafted(self, epoch: int, draft_ms: float) -> None:
         world = self._world
         self._busy = False
-        if world.controller is not None:
-            world.controller.drafted(1, draft_ms / 1e3)
         if epoch == self._epoch:
             place = self.committed + len(self._chain) + 1
             self._chain.append(SimulatedDraft(place, world.accepts(place, self._run_base)))
@@ -159,7 +139,6 @@ class Edge:
         first = self._sent_end - self.committed
         drafts = self._chain[first : first + num_drafts]
         self._sent_end += num_drafts
-        self._sent_at[self._sent_end] = world.now_ms
         self._head_unsent = False
         num_bytes = world.link.up_bytes(num_drafts + head)
         world.send_up(num_bytes, lambda: world.deliver(epoch, drafts, head))
