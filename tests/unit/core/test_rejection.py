@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ import torch
 from cloud_server.engine.judging import torch_noise, verification
 from cloud_server.engine.judging.torch_sampling import TargetDistribution
 from cloud_server.engine.judging.verification import StepKind, VerificationParams, verify
-from picospec.protocol.messages import Rejection, SamplingParams, VerificationMode
+from picospec.protocol.draft_queue import DraftQueue
+from picospec.protocol.messages import Draft, Rejection, SamplingParams, VerificationMode
 from picospec.sampling import rejection
 from picospec.sampling.distribution import Distribution
 from picospec.sampling.noise import Purpose
@@ -205,6 +206,114 @@ def test_without_a_judged_draft_the_token_follows_the_target(oracle: Oracle, spa
         committed = oracle.enumerate(token)
         law = [committed.get(v, 0.0) for v in range(3)]
         np.testing.assert_allclose(law, target, rtol=0, atol=1e-9)
+
+
+def coded(*contexts: tuple[int, ...]) -> torch.Tensor:
+    """Logits rows that stand for P after these tokens: `laws_by_code` reads them."""
+    return torch.tensor(
+        [[float(int("1" + "".join(map(str, each)))), 0.0, 0.0] for each in contexts]
+    )
+
+
+# P and Q of the first token and, by it, of the second.
+PAIR_TARGET = np.array([[4, 3, 1], [1, 6, 1], [8, 0, 0], [2, 3, 3]], np.float32) / 8
+PAIR_DRAFTER = np.array([[3, 1, 4], [4, 3, 1], [3, 5, 0], [2, 2, 4]], np.float32) / 8
+
+
+def pair_law(
+    oracle: Oracle,
+    monkeypatch: pytest.MonkeyPatch,
+    takes_over: Callable[[list[int], list[int]], bool],
+) -> dict[Hashable, float]:
+    """The law of two tokens. The edge drafts both; they arrive together or one by one, at any
+    moment. `takes_over` decides, by what is committed and by the chain, whether the cloud draws
+    the next token itself where no draft of it has come."""
+
+    def law_of(rows: np.ndarray, context: Sequence[int]) -> np.ndarray:
+        return rows[0] if not context else rows[1 + context[0]]
+
+    def process(row: torch.Tensor, *_: Any) -> TargetDistribution:
+        context = [int(digit) for digit in str(int(row[0]))[1:]]
+        return TargetDistribution(None, torch.from_numpy(law_of(PAIR_TARGET, context)))
+
+    monkeypatch.setattr(verification, "process", process)
+    params = VerificationParams(VerificationMode.SPLIT, SamplingParams(), True, 3, 3)
+
+    def play() -> Hashable:
+        chain: list[int] = []
+        probs: list[float] = []
+        for _ in range(2):
+            law = law_of(PAIR_DRAFTER, chain)
+            chain.append(oracle.race(law, None, Purpose.DRAFT, len(chain)))
+            probs.append(float(law[chain[-1]]))
+        committed: list[int] = [9] * POSITION
+        queue = DraftQueue(VerificationMode.SPLIT, committed)
+        num_sent = 0
+        must_come = False  # the cloud waits for a draft
+        while len(committed) < POSITION + 2:
+            output = committed[POSITION:]
+            while num_sent < 2 and (must_come or oracle.choose([0.5, 0.5])):
+                must_come = False
+                frame = Draft(
+                    0,
+                    POSITION + num_sent,
+                    token_ids=tuple(chain[num_sent : num_sent + 1]),
+                    draft_probs=tuple(probs[num_sent : num_sent + 1]),
+                )
+                queue.add(frame, 0.0)
+                num_sent += 1
+            work = queue.take(2)
+            if work is None:
+                must_come = num_sent < 2 and not takes_over(output, chain)
+                if not must_come:
+                    step = verify(
+                        coded(tuple(output)), params, len(committed), [], [], step=StepKind.FIRST
+                    )
+                    committed += step.token_ids
+                    queue.judged()
+                continue
+            drafts = list(work.token_ids)
+            rows = coded(*(tuple(output + drafts[:count]) for count in range(len(drafts) + 1)))
+            step = verify(rows, params, len(committed), drafts, work.draft_probs)
+            position = len(committed) + step.num_accepted
+            committed += drafts[: step.num_accepted]
+            queue.judged(rejected=step.rejection is not None)
+            if step.rejection is not None:
+                law = Distribution(None, law_of(PAIR_DRAFTER, committed[POSITION:]))
+                token_id = RejectionSampler(0, position, law).offer(step.rejection, 0)
+                assert token_id is not None
+                queue.add(Draft(1, position, token_ids=(token_id,), num_forced=1), 0.0)
+                committed.append(token_id)
+                num_sent = 2
+        return tuple(committed[POSITION : POSITION + 2])
+
+    return oracle.enumerate(play)
+
+
+def law_error(law: dict[Hashable, float]) -> float:
+    """How far two tokens are from the target's law, at most."""
+    assert math.isclose(sum(law.values()), 1.0, abs_tol=1e-9)
+    return max(
+        abs(law.get((a, b), 0.0) - float(PAIR_TARGET[0, a] * PAIR_TARGET[1 + a, b]))
+        for a, b in itertools.product(range(3), repeat=2)
+    )
+
+
+def test_a_cloud_that_takes_over_at_any_moment_is_exact(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on alone or waits as it likes, by the past; late frames serve with their tail."""
+    always = pair_law(oracle, monkeypatch, lambda committed, chain: True)
+    assert law_error(always) < 1e-9
+    by_the_past = pair_law(oracle, monkeypatch, lambda committed, chain: committed != [1])
+    assert law_error(by_the_past) < 1e-9
+
+
+def test_a_takeover_that_looks_at_a_draft_is_not_exact(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    law = pair_law(oracle, monkeypatch, lambda committed, chain: chain[len(committed)] == 2)
+    assert law_error(law) > 0.01
 
 
 def offer_of(
