@@ -39,6 +39,8 @@ LOOK_TIMEOUT_S = 4.0  # for an arm that makes no tokens to judge it by
 LOOK_COST = 0.01  # of the speed, that looks at the slower arm may take at first, ...
 LOOK_INTERVAL_MIN_S, LOOK_INTERVAL_MAX_S = 8.0, 256.0  # ... less while nothing changes
 PAUSE_S, PAUSE_MAX_S = 2.0, 16.0  # of one generation whose own drafts do not pay; doubles
+CROWD = 3  # log2 of a batch in which other sessions' rows bring as much as drafts
+CROWD_PAUSE_S = 2.0  # until drafts are tried there
 OTHER_MODE_EVERY = 12  # generations, while the other mode is not far behind
 FAR_BEHIND = 0.85
 
@@ -211,13 +213,15 @@ class AutoControl:
         return Setting.of(batch_size=batch_size, round_trip_ms=round_trip_ms, sampled=sampled)
 
     def choice(self, setting: Setting, now: float) -> Choice:
-        """What is done in `setting`. Where drafts do not pay in a smaller batch, they hardly will
-        in a larger one: they are not tried there at once."""
+        """What is done in `setting`. Drafts are not tried at once in a crowd, nor where a smaller
+        batch has shown that they do not pay: they hardly will in a larger one."""
         if setting not in self._choices:
             choice = self._choices[setting] = Choice()
             smaller = self._choices.get(replace(setting, batch=setting.batch - 1))
             if smaller is not None and smaller.is_decided and not smaller.drafts:
                 choice.drafts, choice.next_look_s = False, now + LOOK_INTERVAL_MIN_S
+            elif setting.batch >= CROWD:
+                choice.drafts, choice.next_look_s = False, now + CROWD_PAUSE_S
         return self._choices[setting]
 
     def window(self, draft_budget: int) -> int:

@@ -34,7 +34,7 @@ from cloud_server.engine.judging.verification import StepResult
 from cloud_server.engine.readiness import ReadySessions
 from cloud_server.engine.reports import ReportSender
 from cloud_server.engine.residency import Residency
-from cloud_server.engine.step_costs import StepCosts
+from cloud_server.engine.step_costs import HANDLING_S, StepCosts
 from cloud_server.engine.step_padding import at_least, fastest
 from cloud_server.engine.step_plan import StepPlan, StepPlanner, VerificationStep
 from cloud_server.engine.takeover import DraftWait, Occasion, Tempo
@@ -331,7 +331,7 @@ class VerificationScheduler(Scheduler):
         stepped = self._sessions_of(scheduler_output.num_scheduled_tokens)
         was_prefill = any(not each.opened or each.request.is_prefill_chunk for each in stepped)
         if outcome.step_s is not None:
-            self._planner.costs = StepCosts(outcome.step_s)
+            self._planner.costs = StepCosts(outcome.step_s, handling_s=HANDLING_S)
             self._planner.padding = (
                 at_least(self._min_step_tokens)
                 if self._min_step_tokens

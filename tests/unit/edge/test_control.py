@@ -240,3 +240,10 @@ def test_drafts_are_tried_on_a_slow_link_before_there_is_no_hope_of_them() -> No
     edge = Edge(on=80.0, off=50.0)
     edge.rtt_s = 0.2
     assert edge.chat(10.0) > 0.5
+
+
+def test_in_a_crowd_the_cloud_begins_alone() -> None:
+    edge = Edge(on=90.0, off=50.0)
+    edge.batch_size = 16
+    assert edge.chat(2.0) < 0.1
+    assert edge.chat(20.0) > 0.9
