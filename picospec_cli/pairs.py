@@ -49,6 +49,11 @@ class Pair:
         return next(iter(self.drafts))
 
     @property
+    def precisions(self) -> set[str]:
+        """Of the drafts."""
+        return set(self.drafts.values())
+
+    @property
     def target_recipe(self) -> Recipe:
         return {"format": 1, "source": self.target.sha256, "precision": self.precision}
 

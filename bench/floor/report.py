@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.floor import plots
 from bench.floor.grid import FLOOR_MIN, Kind
 from bench.floor.results import Cell, best_fixed
 from picospec_cli.pairs import DEFAULT, Pair
@@ -32,7 +33,7 @@ class About:
 
 
 def write(cells: Sequence[Cell], about: About, folder: Path, pair: Pair = DEFAULT) -> Path:
-    """floor.json and floor.md, or a pair's; returns the latter."""
+    """floor.json and floor.md, or a pair's, and the plot of all; returns the second."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"name": cell.name, "ratio": cell.ratio, "wanted": cell.wanted, **asdict(cell)}
@@ -43,6 +44,7 @@ def write(cells: Sequence[Cell], about: About, folder: Path, pair: Pair = DEFAUL
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1, default=_plain) + "\n")
     path = folder / f"{name}.md"
     path.write_text(document(cells, about, pair))
+    plots.draw(folder)
     return path
 
 

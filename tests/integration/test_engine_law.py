@@ -10,8 +10,10 @@ With fixed seeds the outcome is reproducible; the threshold leaves 1e-4 a test t
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,8 +82,13 @@ async def sample(
                 **options,  # type: ignore[arg-type]
             )
             rows.append(outcome.token_ids)
+            counts["taken over"] += outcome.taken_over
+            counts["accepted"] += outcome.accepted
 
+    counts: Counter[str] = Counter()
     await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
+    if options.get("lateness") is not None:
+        assert min(counts["taken over"], counts["accepted"]) > num_samples / 20, counts
     return np.asarray(rows)
 
 
@@ -120,7 +127,21 @@ def _chi_square(observed: NDArray[np.int64], probs: NDArray[np.float64]) -> floa
     return float(stats.chisquare(seen[keep], expected[keep] * seen.sum() / expected.sum()).pvalue)
 
 
-CASES = {
+_times = random.Random(7)
+
+
+def at_random(drafts: Sequence[int]) -> float | None:
+    """Rounds that are sent at once, late, or never, whatever is in them."""
+    del drafts
+    return _times.choice((0.0, 0.0, 0.002, 0.01, None))
+
+
+def withheld_if_odd(drafts: Sequence[int]) -> float | None:
+    """A takeover that looks at the draft: odd ones are never sent."""
+    return None if drafts[0] % 2 else 0.0
+
+
+CASES: dict[str, tuple[VerificationMode, SamplingParams, dict[str, Any]]] = {
     "split": (SPLIT, SamplingParams(temperature=1.0), {"sparse_k": 4}),
     "split-filtered": (
         SPLIT,
@@ -128,6 +149,12 @@ CASES = {
         {"sparse_k": 4},
     ),
     "coupled": (COUPLED, SamplingParams(temperature=1.0), {}),
+    "split, taken over": (
+        SPLIT,
+        SamplingParams(temperature=1.0),
+        {"sparse_k": 4, "lateness": at_random},
+    ),
+    "coupled, taken over": (COUPLED, SamplingParams(temperature=1.0), {"lateness": at_random}),
 }
 
 
@@ -149,4 +176,15 @@ async def test_the_same_test_rejects_the_truncated_law(
     rows = await sample(tiny_engine, SPLIT, sampling, 6_000, sparse_k=4, exact=False)
     found = p_values(rows, tiny_reference, sampling)
     assert found["first"] > P_MIN, "the first token is the cloud's own, never truncated"
+    assert found["pair"] < 1e-9, found
+
+
+async def test_the_same_test_rejects_a_takeover_that_looks_at_the_draft(
+    tiny_engine: VLLMEngine, tiny_reference: Reference
+) -> None:
+    """Negative control: the cloud may take over at any time, but not because of a draft."""
+    sampling = SamplingParams(temperature=1.0)
+    rows = await sample(tiny_engine, SPLIT, sampling, 6_000, sparse_k=4, lateness=withheld_if_odd)
+    found = p_values(rows, tiny_reference, sampling)
+    assert found["first"] > P_MIN, "the first token is the cloud's own"
     assert found["pair"] < 1e-9, found

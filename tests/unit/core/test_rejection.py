@@ -230,7 +230,8 @@ def pair_law(
     the next token itself where no draft of it has come."""
 
     def law_of(rows: np.ndarray, context: Sequence[int]) -> np.ndarray:
-        return rows[0] if not context else rows[1 + context[0]]
+        law: np.ndarray = rows[0] if not context else rows[1 + context[0]]
+        return law
 
     def process(row: torch.Tensor, *_: Any) -> TargetDistribution:
         context = [int(digit) for digit in str(int(row[0]))[1:]]
@@ -279,8 +280,8 @@ def pair_law(
             committed += drafts[: step.num_accepted]
             queue.judged(rejected=step.rejection is not None)
             if step.rejection is not None:
-                law = Distribution(None, law_of(PAIR_DRAFTER, committed[POSITION:]))
-                token_id = RejectionSampler(0, position, law).offer(step.rejection, 0)
+                drafted_from = Distribution(None, law_of(PAIR_DRAFTER, committed[POSITION:]))
+                token_id = RejectionSampler(0, position, drafted_from).offer(step.rejection, 0)
                 assert token_id is not None
                 queue.add(Draft(1, position, token_ids=(token_id,), num_forced=1), 0.0)
                 committed.append(token_id)
