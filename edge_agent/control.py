@@ -202,7 +202,8 @@ class AutoControl:
             mode = self._modes[0]
         elif sampled and not seeded and VerificationMode.SPLIT in self._modes:
             mode = self._faster_mode()
-        return AutoCourse(self, mode, sampled=sampled)
+        # Until a verdict tells: the edge's own generations share the cloud's batch, at least.
+        return AutoCourse(self, mode, sampled=sampled, batch_size=self.num_running)
 
     def drafted(self, num_tokens: int, seconds: float) -> None:
         if num_tokens > 0:

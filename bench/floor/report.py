@@ -59,10 +59,10 @@ def document(cells: Sequence[Cell], about: About, pair: Pair = DEFAULT) -> str:
         f"{about.read_bandwidth_gb_s:.1f} GB/s from memory.",
         "",
         "A ratio is tokens per second over those of stock vLLM, in the same repetition, on the",
-        "same core, through the same relay. An edge that knows nothing yet gives the first; the",
-        "other figures are medians of what follows. Bold: below what is wanted. The run fails",
-        f"below {FLOOR_MIN:g}, and where a greedy text leaves that of stock vLLM. Contenders with",
-        "no settings beside them have the default settings.",
+        "same core, through the same relay; figures are medians. An edge has one chat that nobody",
+        "counts to get to know a new link by; what it has learnt stays with it for the whole run.",
+        f"Bold: below what is wanted. The run fails below {FLOOR_MIN:g}, and where a greedy text",
+        "leaves that of stock vLLM. Contenders with no settings beside them have the default ones.",
         "",
         "Costs are per committed token. Engine ms are what verdicts tell of steps: a step that",
         "serves several chats counts for each. CPU ms are the processes' own, at the edge the",
@@ -89,7 +89,7 @@ def document(cells: Sequence[Cell], about: About, pair: Pair = DEFAULT) -> str:
     return "\n".join(lines) + "\n"
 
 
-HEAD = ("load", "contender", "stock tokens/s", "tokens/s", "first", "ratio", "of best fixed")
+HEAD = ("load", "contender", "n", "stock tokens/s", "tokens/s", "ratio", "of best fixed")
 LATENCIES = ("TTFT ms", "stock", "2nd token ms", "stock", "longest gap ms", "stock")
 EVENNESS = ("slowest/mean", "stock")
 COSTS = (
@@ -114,9 +114,9 @@ def _speed(cell: Cell, cells: Sequence[Cell]) -> tuple[str, ...]:
     return (
         f"{cell.load.name} {cell.part}".strip(),
         cell.contender.name,
+        f"{len(cell.trials)}",
         f"{cell.stock(lambda sample: sample.tokens_per_s):.1f}",
         f"{cell.ours(lambda sample: sample.tokens_per_s):.1f}",
-        f"{cell.trials[0].ratio:.2f}",
         f"**{cell.ratio:.2f}**" if short else f"{cell.ratio:.2f}",
         f"{cell.ratio / fixed:.2f}" if fixed else "",
     )

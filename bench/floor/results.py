@@ -57,8 +57,7 @@ class Trial:
 
 @dataclass(slots=True)
 class Cell:
-    """One contender's figures under one load, or one part of it. Values are medians, once the
-    edge has learnt."""
+    """One contender's figures under one load, or one part of it. Values are medians."""
 
     load: Load
     contender: Contender
@@ -71,15 +70,9 @@ class Cell:
         return " ".join(filter(None, [self.load.name, self.part, self.contender.name]))
 
     @property
-    def warm(self) -> list[Trial]:
-        """All but the first, in which the edge knew nothing of its drafter, link and cloud; that
-        one if there is no other."""
-        return self.trials[1:] or self.trials
-
-    @property
     def ratio(self) -> float:
         """Tokens per second over those of stock vLLM."""
-        return statistics.median(trial.ratio for trial in self.warm)
+        return statistics.median(trial.ratio for trial in self.trials)
 
     @property
     def problems(self) -> list[str]:
@@ -96,14 +89,14 @@ class Cell:
         return found
 
     def ours(self, value: Callable[[Sample], float]) -> float:
-        return _median([value(each.ours) for each in self.warm if each.ours is not None])
+        return _median([value(each.ours) for each in self.trials if each.ours is not None])
 
     def stock(self, value: Callable[[Sample], float]) -> float:
-        return _median([value(each.stock) for each in self.warm])
+        return _median([value(each.stock) for each in self.trials])
 
     def per_token(self, value: Callable[[Spent], float]) -> float:
         return _median(
-            [value(each.spent) / each.num_tokens for each in self.warm if each.spent is not None]
+            [value(each.spent) / each.num_tokens for each in self.trials if each.spent is not None]
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.bed import Bed, laid_out
 from bench.floor.gaps import Gaps
-from bench.floor.grid import MODELS, Contender, Group, Kind
+from bench.floor.grid import MODELS, Contender, Group, Kind, Load
 from bench.floor.loads import Loads, Run
 from bench.floor.results import Cell, trials
 from bench.floor.sources import EdgeSource, Links, StockSource
@@ -29,6 +29,8 @@ SETTINGS = {
 }
 TURNS_SHARE = 0.25  # of the time, for the second bed
 STOCK_TIMEOUT_S = 300.0
+LEARNING_TOKENS = 192  # that an edge gets to know a link by
+LEARNING_REPETITION = 7  # its prompts are not those of the first repetitions
 SLOWNESS_MAX = 4.0  # a contender that takes so many times stock vLLM's time has failed ...
 PATIENCE_S = 20.0  # ... and so many seconds
 Say = Callable[[str], None]
@@ -85,7 +87,8 @@ class Floor:
         self._loads = Loads(bed)
         self._links = Links(bed)
         self._stock = StockSource(bed)
-        self._edges: dict[tuple[Group, Contender], EdgeSource] = {}
+        self._edges: dict[tuple[int, Contender], EdgeSource] = {}  # by how many there are
+        self._known: set[tuple[float, bool, Contender]] = set()  # links that an edge has been on
         self._cells: dict[tuple[Group, Contender, str], Cell] = {}
 
     async def run(self, groups: Sequence[Group], until_s: float) -> list[Cell]:
@@ -103,6 +106,8 @@ class Floor:
         load = group.load
         await self._bed.set_link(load.rtt_ms, None)
         tasks = self._loads.tasks(group, repetition)
+        for each in group.contenders:
+            await self._introduce(group, each)
         stock: list[Run] = []
         ours: dict[Contender, Run | Exception] = {}
         stock_s = STOCK_TIMEOUT_S
@@ -114,17 +119,17 @@ class Floor:
                 stock.append(run)
                 stock_s = time.monotonic() - started_s
                 continue
-            source = self._edge(group, contender)
+            source = self._edge(load, contender)
             if contender.drafter == "replay":
                 source.learn(tasks, stock[0].texts)
             patience_s = min(STOCK_TIMEOUT_S, PATIENCE_S + SLOWNESS_MAX * stock_s)
-            ours[contender] = await self._attempt(group, contender, source, tasks, patience_s)
+            ours[contender] = await self._attempt(load, contender, source, tasks, patience_s)
         for contender, outcome in ours.items():
             self._note(group, contender, tasks, stock, outcome)
 
     async def _attempt(
         self,
-        group: Group,
+        load: Load,
         contender: Contender,
         source: EdgeSource,
         tasks: list[Task],
@@ -133,7 +138,7 @@ class Floor:
         """A failure is a result: the others go on."""
         try:
             async with asyncio.timeout(patience_s):
-                return await self._loads.run(group.load, contender, source, tasks)
+                return await self._loads.run(load, contender, source, tasks)
         except TimeoutError:
             return TimeoutError(f"it took more than {patience_s:.0f} s")
         except ExceptionGroup as errors:
@@ -141,12 +146,25 @@ class Floor:
         except Exception as error:
             return error
 
-    def _edge(self, group: Group, contender: Contender) -> EdgeSource:
-        if (group, contender) not in self._edges:
-            count = group.load.chats if group.load.kind is Kind.FLEET else 1
+    async def _introduce(self, group: Group, contender: Contender) -> None:
+        """One chat that nobody counts, on a link that the edge has not been on."""
+        load = group.load
+        link = (load.rtt_ms, load.temperature > 0.0, contender)
+        if link in self._known or not contender.is_default or contender.drafter == "replay":
+            return
+        self._known.add(link)
+        chat = Load(Kind.SINGLE, load.rtt_ms, load.temperature, LEARNING_TOKENS)
+        tasks = self._loads.tasks(Group(chat, ()), LEARNING_REPETITION)
+        source = self._edge(chat, contender)
+        await self._attempt(chat, contender, source, tasks, STOCK_TIMEOUT_S)
+
+    def _edge(self, load: Load, contender: Contender) -> EdgeSource:
+        """An edge that all groups share, as a box in a house does; or the edges of a fleet."""
+        count = load.chats if load.kind is Kind.FLEET else 1
+        if (count, contender) not in self._edges:
             links = self._links.take(count)
-            self._edges[group, contender] = EdgeSource(self._bed, contender, links)
-        return self._edges[group, contender]
+            self._edges[count, contender] = EdgeSource(self._bed, contender, links)
+        return self._edges[count, contender]
 
     def _note(
         self,
