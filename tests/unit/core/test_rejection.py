@@ -225,7 +225,7 @@ def pair_law(
     monkeypatch: pytest.MonkeyPatch,
     takes_over: Callable[[list[int], list[int]], bool],
 ) -> dict[Hashable, float]:
-    """The law of two tokens. The edge drafts both; they arrive together or one by one, at any
+    """The law of two tokens. The edge drafts both; they arrive in one frame or in two, at any
     moment. `takes_over` decides, by what is committed and by the chain, whether the cloud draws
     the next token itself where no draft of it has come."""
 
@@ -255,14 +255,15 @@ def pair_law(
             output = committed[POSITION:]
             while num_sent < 2 and (must_come or oracle.choose([0.5, 0.5])):
                 must_come = False
+                end = 2 if num_sent else 1 + oracle.choose([0.5, 0.5])
                 frame = Draft(
                     0,
                     POSITION + num_sent,
-                    token_ids=tuple(chain[num_sent : num_sent + 1]),
-                    draft_probs=tuple(probs[num_sent : num_sent + 1]),
+                    token_ids=tuple(chain[num_sent:end]),
+                    draft_probs=tuple(probs[num_sent:end]),
                 )
                 queue.add(frame, 0.0)
-                num_sent += 1
+                num_sent = end
             work = queue.take(2)
             if work is None:
                 must_come = num_sent < 2 and not takes_over(output, chain)
