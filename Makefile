@@ -112,7 +112,7 @@ bench-profile: install models ## say where a verification step and a drafted tok
 	$(BIN)/python -m bench.step_profile $(BENCH_ARGS)
 
 .PHONY: bench-follow
-bench-follow: install models ## show the controller adapt when latency changes during a generation
+bench-follow: install models ## show the edge adapt when latency changes during a generation
 	$(BIN)/python -m bench.follow $(BENCH_ARGS)
 
 .PHONY: clean

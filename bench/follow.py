@@ -1,4 +1,4 @@
-"""How the adaptive control follows a link that changes meanwhile: `python -m bench.follow`.
+"""How an edge follows a link that changes meanwhile: `python -m bench.follow`.
 
 One long greedy text a draft model, over a relay whose round trip steps up and down again, then the
 same with the default fixed lengths. Told: every plan, and the tokens committed in each second.
