@@ -35,6 +35,7 @@ GAIN_MIN = 0.02  # drafting must bring this much more
 CLEAR_GAIN = 0.15  # over all that the cloud could do alone: then nobody looks at it alone
 ENOUGH_S = {True: 0.8, False: 0.4}  # of generation time to know an arm by; drafting is the noisier
 ENOUGH_TOKENS = 12
+FIRST_DRAFT_S = 3.0  # for the drafter's prefill: drafting is judged by its drafts, or by their lack
 LOOK_TIMEOUT_S = 4.0  # for an arm that makes no tokens to judge it by
 LOOK_COST = 0.01  # of the speed, that looks at the slower arm may take at first, ...
 LOOK_INTERVAL_MIN_S, LOOK_INTERVAL_MAX_S = 8.0, 256.0  # ... less while nothing changes
@@ -273,6 +274,8 @@ class AutoCourse:
     draft_budget: int = DRAFT_LENGTH_MAX
     _drafts: bool | None = None
     _changed_s: float = -math.inf  # when it began or ceased to draft
+    _drafts_since_s: float = -math.inf
+    _has_drafted: bool = False  # since then: a verdict was on drafts
     _heard_s: float | None = None  # the last verdict
     _own_tokens: int = 0  # with drafts, of late
     _own_s: float = 0.0
@@ -294,7 +297,7 @@ class AutoCourse:
         if drafts is not self._drafts:
             if self._drafts is not None:
                 self._changed_s = now
-            self._drafts = drafts
+            self._drafts, self._drafts_since_s, self._has_drafted = drafts, now, False
         window = control.window(self.draft_budget) if drafts else 0
         if bool(window) is not bool(self._last.window) or abs(window - self._last.window) > 1:
             self._last = DraftPlan(DRAFT_LENGTH_MAX, window)
@@ -329,6 +332,7 @@ class AutoCourse:
         if verdict.compute_us:
             setting = self.control.setting(batch_size=self.batch_size, sampled=self.sampled)
             estimates.stepped(setting, verdict.compute_us / 1e3)
+        self._has_drafted |= verdict.num_draft_tokens > 0
         before, self._heard_s = self._heard_s, now
         if before is None:
             return  # the prompt's prefill
@@ -342,6 +346,8 @@ class AutoCourse:
         estimates = self.control.estimates
         settled_s = 1e-3 * (estimates.round_trip.mean() + 2 * estimates.step.mean())
         if now - seconds < self._changed_s + settled_s:
+            return
+        if self._drafts and not self._has_drafted and now < self._drafts_since_s + FIRST_DRAFT_S:
             return
         arm = Arm(self.mode.value) if self._drafts else Arm.OFF
         setting = self.control.setting(batch_size=self.batch_size, sampled=self.sampled)

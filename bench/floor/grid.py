@@ -164,7 +164,7 @@ PAIR_WANTED = {
     0.0: {20.0: 3.6, 50.0: 3.5, 200.0: 3.0},
     0.7: {20.0: 3.2, 50.0: 3.1, 200.0: 2.6},
 }
-PAIR_TOKENS = 96
+PAIR_TOKENS = 64
 
 
 def pair_grid() -> tuple[Group, ...]:

@@ -39,14 +39,14 @@ class Edge:
             drafting_s += STEP_S * drafts
             self.now += STEP_S
             tokens += STEP_S * (self.on if drafts else self.off)
-            if tokens >= 1.0:
-                self.verdict(course, int(tokens))
+            if tokens >= 1.0 + drafts:  # with drafts, one at least is accepted
+                self.verdict(course, int(tokens), num_drafts=(int(tokens) - 1) * drafts)
                 tokens -= int(tokens)
         return drafting_s / seconds
 
-    def verdict(self, course: AutoCourse, num_tokens: int) -> None:
+    def verdict(self, course: AutoCourse, num_tokens: int, *, num_drafts: int = 0) -> None:
         verdict = make_verdict(
-            position=5, num_accepted=num_tokens - 1, num_draft_tokens=num_tokens - 1,
+            position=5, num_accepted=num_tokens - 1, num_draft_tokens=num_drafts,
             compute_us=20_000, batch_size=self.batch_size, draft_budget=self.budget,
         )  # fmt: skip
         course.heard(verdict, num_tokens, self.rtt_s, self.now)
@@ -247,3 +247,15 @@ def test_in_a_crowd_the_cloud_begins_alone() -> None:
     edge.batch_size = 16
     assert edge.chat(2.0) < 0.1
     assert edge.chat(20.0) > 0.9
+
+
+def test_drafting_is_judged_by_its_drafts_not_by_the_wait_for_the_first() -> None:
+    """Four chats whose prompts the drafter has to prefill."""
+    edge = Edge(on=80.0, off=50.0)
+    edge.batch_size = 4
+    course = edge.control.begin(GREEDY, seeded=False, now=edge.now)
+    for _ in range(50):  # a second in which no draft comes, and the drafter slows the cloud down
+        course.plan(edge.now)
+        edge.now += STEP_S
+        edge.verdict(course, 1)
+    assert edge.chat(10.0, course) > 0.7
