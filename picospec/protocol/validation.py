@@ -14,6 +14,7 @@ import numpy as np
 from picospec import PROTOCOL_VERSION
 from picospec.errors import RemoteOrderError, RemoteProtocolError
 from picospec.protocol.messages import (
+    AssistPolicy,
     Draft,
     ModelCard,
     Open,
@@ -68,6 +69,13 @@ def check_open(request: Open, card: ModelCard) -> None:
             "open.sparse_k",
         )
         _require(0 <= request.probe <= MAX_PROBE, f"Above {MAX_PROBE}", "open.probe")
+        # A round may end early because of a token in it (nothing to propose after a stop token), so
+        # when it arrives depends on what was drafted, and a takeover would favour late tokens.
+        _require(
+            request.assist is AssistPolicy.NEVER or not request.verify_whole_rounds,
+            "Where whole rounds are verified in split mode, the cloud may not take over",
+            "open.assist",
+        )
     else:
         _require(request.probe == 0, "Split mode only", "open.probe")
 

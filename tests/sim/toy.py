@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -101,6 +101,24 @@ class ForgottenLaw(Distribution):
         return np.zeros(np.shape(token_ids), np.float32)
 
 
+class BorrowedLaw(Distribution):
+    """A deliberate fault: what is sent with the draft `drafted` is right, but recovery hears the Q
+    of whatever drafter is there then."""
+
+    __slots__ = ("_drafted", "_law", "_now")
+
+    def __init__(self, drafted: int, law: Distribution, now: Callable[[], Distribution]) -> None:
+        super().__init__(law.token_ids, law.probs)
+        for name, value in zip(self.__slots__, (drafted, law, now), strict=True):
+            object.__setattr__(self, name, value)  # it is frozen
+
+    def prob(self, token_id: int) -> float:
+        return (self._law if token_id == self._drafted else self._now()).prob(token_id)
+
+    def probs_of(self, token_ids: ArrayLike) -> ProbArray:
+        return self._now().probs_of(token_ids)
+
+
 class ToyDrafter:
     """A DraftContext without a process: commands change it, `step` makes one event."""
 
@@ -123,28 +141,34 @@ class ToyDrafter:
         self._forget_judged = forget_judged  # a deliberate fault: residual of Q = 0
         self._confidence_stop = confidence_stop
         self._paused = False
-        self._branch = 0
-        self._limit = 0
+        self.branch = 0
+        self.limit = 0
         self._exhausted = False
 
     def command(self, command: DrafterCommand) -> None:
         match command:
             case Allow(limit):
-                self._limit = limit
+                self.limit = limit
                 self._paused = False
             case Rollback(branch, length, token_ids):
                 self._restart(branch, length)
                 self._text += token_ids
 
+    def succeed(self, lost: ToyDrafter, text: Sequence[int], *, is_exhausted: bool) -> None:
+        """Go on where `lost`, whose worker has died, was heard of last: at the end of `text`."""
+        self._text = list(text)
+        self.branch, self.limit = lost.branch, lost.limit
+        self._exhausted = is_exhausted  # pauses are forgotten, as in DraftContext.rebuild
+
     def _restart(self, branch: int, length: int) -> None:
         assert length <= len(self._text)
         del self._text[length:]
-        self._branch = branch
+        self.branch = branch
         self._exhausted = self._paused = False
 
     @property
     def can_step(self) -> bool:
-        return not (self._exhausted or self._paused) and len(self._text) < self._limit
+        return not (self._exhausted or self._paused) and len(self._text) < self.limit
 
     def step(self) -> list[DrafterEvent]:
         """The event of one step, and perhaps that the drafter pauses after it."""
@@ -153,7 +177,7 @@ class ToyDrafter:
         stopped = position > self._num_prompt and self._text[-1] in self._stop
         if law is None or stopped:
             self._exhausted = True
-            return [Exhausted(self._branch, position)]
+            return [Exhausted(self.branch, position)]
         purpose = Purpose.DRAFT if self._split else Purpose.COUPLED
         token_id = draw(law, self._seed, position, purpose)
         self._text.append(token_id)
@@ -161,11 +185,11 @@ class ToyDrafter:
         told = ForgottenLaw(np.array([token_id]), q) if self._forget_judged else law
         laws = (told,) if self._split else ()
         events: list[DrafterEvent] = [
-            Drafted(branch=self._branch, position=position, token_ids=(token_id,), laws=laws)
+            Drafted(branch=self.branch, position=position, token_ids=(token_id,), laws=laws)
         ]
         if float(law.probs.max()) < self._confidence_stop:
             self._paused = True
-            events.append(Paused(self._branch, position + 1))
+            events.append(Paused(self.branch, position + 1))
         return events
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from picospec.protocol import codec
 from picospec.protocol.cloud_session import CloudSession
 from picospec.protocol.draft_queue import DraftQueue
-from picospec.protocol.drafting import Allow, DrafterEvent, Rollback
+from picospec.protocol.drafting import Allow, Drafted, DrafterEvent, Rollback
 from picospec.protocol.edge_events import (
     Commit,
     EdgeEvent,
@@ -47,7 +47,16 @@ from picospec.protocol.messages import (
     VerificationMode,
 )
 from picospec.protocol.session_spec import SessionSpec
-from tests.sim.toy import Language, ToyDrafter, first_token, judge, rejection_at
+from picospec.sampling.distribution import Distribution
+from tests.sim.toy import (
+    BorrowedLaw,
+    Language,
+    ToyDrafter,
+    context_of,
+    first_token,
+    judge,
+    rejection_at,
+)
 
 SPLIT = VerificationMode.SPLIT
 MOST_EVENTS = 100_000
@@ -63,6 +72,7 @@ class Faults:
     preempt: float = 0.0  # a step is planned and not carried out
     change: float = 0.0  # draft length and window change as a frame arrives
     take_over: float = 0.0  # policy auto: the cloud decodes alone, drafts there or not
+    crash: float = 0.0  # the drafter dies behind a draft, and with it what it had not told
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,8 @@ class Scenario:
     times: Times = Times()
     over_the_wire: bool = True  # through protobuf
     forget_judged: bool = False  # a deliberate fault of the edge
+    successor: Language | None = None  # a drafter that died is followed by one with this Q
+    reinterpret: bool = False  # a deliberate fault: drafts are thought to come from that Q
     max_resumes: int = 20
 
 
@@ -328,21 +340,15 @@ class World:
             policy=scenario.policy,
         )
         self.session = EdgeSession(self.spec, log_length=MOST_EVENTS)
-        self.drafter = ToyDrafter(
-            scenario.language,
-            scenario.prompt,
-            scenario.seed,
-            scenario.policy.mode,
-            scenario.stop,
-            scenario.forget_judged,
-            scenario.policy.confidence_stop,
-        )
+        self.drafter = self._new_drafter(scenario.language)
         self.stream: Stream | None = None
         self.output: list[int] = []
         self.reason: FinishReason | None = None
         self.resumes = 0
         self.late_frames = 0  # of lost streams, kept from the session
         self.losses_in_recovery = 0
+        self.crashes = 0
+        self.orphans = 0  # drafts that were not judged when their drafter died
         self.trace = hashlib.sha256()
         self._drafting = False
 
@@ -382,6 +388,47 @@ class World:
             length, window = self.rng.choice([1, 2, 5]), self.rng.choice([*stops, 1, 5, 20])
             self._tell(SetLength(length, window))
         self._maybe_lose_in_recovery(isinstance(frame, Verdict) and frame.rejection is not None)
+
+    def _new_drafter(self, language: Language) -> ToyDrafter:
+        scenario = self.scenario
+        return ToyDrafter(
+            language,
+            scenario.prompt,
+            scenario.seed,
+            scenario.policy.mode,
+            scenario.stop,
+            scenario.forget_judged,
+            scenario.policy.confidence_stop,
+        )
+
+    @property
+    def _text(self) -> list[int]:
+        """All that the session has heard of."""
+        chain = self.session.chain
+        return [*self.scenario.prompt, *self.output, *chain.first(len(chain))]
+
+    def _borrowed(self, event: Drafted) -> Drafted:
+        """`event` with a Q that changes with the drafter."""
+        context = context_of(self._text)
+
+        def now() -> Distribution:
+            language = self.scenario.successor if self.crashes else None
+            law = (language or self.scenario.language).draft(context)
+            assert law is not None
+            return law
+
+        laws = tuple(BorrowedLaw(event.token_ids[0], law, now) for law in event.laws)
+        return replace(event, laws=laws)
+
+    def _crash(self) -> None:
+        """The drafter dies. Its successor goes on where the session has heard of it last."""
+        language = self.scenario.successor or self.scenario.language
+        lost = self.drafter
+        self.crashes += 1
+        self.orphans += len(self.session.chain)
+        self.drafter = self._new_drafter(language)
+        self.drafter.succeed(lost, self._text, is_exhausted=self.session.allowance.is_exhausted)
+        self._draft()
 
     def lose(self, stream: Stream) -> None:
         if stream is not self.stream or self.resumes >= self.scenario.max_resumes:
@@ -445,8 +492,15 @@ class World:
         self._drafting = False
         if self.drafter.can_step:
             for event in self.drafter.step():
-                self.clock.at(self.clock.now + 0.1, self._edge_hears, event)
+                self.clock.at(self.clock.now + 0.1, self._edge_hears, event, self.crashes)
         self._draft()
 
-    def _edge_hears(self, event: DrafterEvent) -> None:
+    def _edge_hears(self, event: DrafterEvent, life: int) -> None:
+        if life != self.crashes:
+            return  # its drafter died before it was told
+        is_current = event.branch == self.session.branch
+        if self.scenario.reinterpret and is_current and isinstance(event, Drafted):
+            event = self._borrowed(event)
         self._tell(event)
+        if self.chance(self.faults.crash) and self.reason is None:
+            self._crash()

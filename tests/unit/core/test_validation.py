@@ -12,6 +12,7 @@ from picospec.errors import RemoteOrderError, RemoteProtocolError
 from picospec.protocol import validation
 from picospec.protocol.messages import (
     EMPTY_TOKENS,
+    AssistPolicy,
     Draft,
     FinishReason,
     Limits,
@@ -63,6 +64,16 @@ def test_a_good_opening_passes(mode: VerificationMode) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mode", "assist"), [(SPLIT, AssistPolicy.NEVER), (COUPLED, AssistPolicy.AUTO)]
+)
+def test_whole_rounds_are_verified_where_no_takeover_can_tell_drafts_apart(
+    mode: VerificationMode, assist: AssistPolicy
+) -> None:
+    opening = dataclasses.replace(OPEN, mode=mode, assist=assist, verify_whole_rounds=True)
+    validation.check_open(opening, CARD)
+
+
+@pytest.mark.parametrize(
     ("change", "field"),
     [
         ({"session_id": ""}, "session_id"),
@@ -70,6 +81,8 @@ def test_a_good_opening_passes(mode: VerificationMode) -> None:
         ({"session_id": "a\nb"}, "session_id"),
         ({"session_id": "ok\n"}, "session_id"),
         ({"protocol_version": 0}, "protocol_version"),
+        ({"verify_whole_rounds": True, "assist": AssistPolicy.IDLE}, "assist"),
+        ({"verify_whole_rounds": True, "assist": AssistPolicy.AUTO}, "assist"),
         ({"prompt_token_ids": EMPTY_TOKENS}, "prompt_token_ids"),
         ({"prompt_token_ids": token_array(*[1] * 100)}, "prompt_token_ids"),
         ({"prompt_token_ids": token_array(1, WIDTH)}, "prompt_token_ids"),
