@@ -10,6 +10,8 @@ answer at every token (docs/architecture.md). The rules of this file:
    new ones are refused, until a start succeeds; the next is tried after RETRY_AFTER_S.
 4. Nobody has to wait for a drafter: contexts may be opened before one is loaded. `trouble` says why
    none drafts.
+5. A context that fails is trouble until another drafts, for FAILURE_REST_S at most: then one may
+   try again. A worker of which FAILURES_MAX fail in a row is replaced: devices break for good.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ EXIT_GRACE_S = 2.0  # from the end of the stream to SIGKILL
 PENDING_BYTES_MAX = 16 << 20  # a worker that reads nothing for so long hangs
 TURN_TIMEOUT_S = 15.0  # a turn is a token, or a bounded piece of a prompt
 PINGS_PER_TIMEOUT = 4
+FAILURE_REST_S = 10.0
+FAILURES_MAX = 3
 
 _NO_CONTEXT = 0  # contexts count from 1
 
@@ -81,6 +85,9 @@ class DraftingProcess:
         self._supervisor: asyncio.Task[None] | None = None
         self._given_up = False
         self._absence = "it is loading"  # why there is no worker
+        self._failure = ""  # why the last context failed, if no other has drafted since
+        self._rests_until_s = 0.0  # after it
+        self._num_failures = 0  # of this worker's contexts, in a row
         self._troubled_s = 0.0  # in all, but for ...
         self._trouble_since_s: float | None = None  # ... what is under way
 
@@ -103,7 +110,9 @@ class DraftingProcess:
         """Why nothing is drafted now; "" while the drafter works."""
         if self._worker is None:
             return f"The drafter is not running: {self._absence}."
-        return "The drafter answers nothing." if self._unanswered_pings > 1 else ""
+        if self._unanswered_pings > 1:
+            return "The drafter answers nothing."
+        return self._failure if time.monotonic() < self._rests_until_s else ""
 
     @property
     def troubled_s(self) -> float:
@@ -153,7 +162,11 @@ class DraftingProcess:
 
     def _receive(self, message: Any) -> None:
         context_id, event, drafting_s = message
-        if isinstance(event, Drafted):
+        if isinstance(event, ContextFailed):
+            self._context_failed(event.error)
+        elif isinstance(event, Drafted):
+            if self._failure:
+                self._context_worked()
             self.drafted_tokens += len(event.token_ids)
             if drafting_s:
                 self.timed_tokens += len(event.token_ids)
@@ -161,6 +174,21 @@ class DraftingProcess:
         context = self._contexts.get(context_id)
         if context is not None:
             context.deliver(event)
+
+    def _context_failed(self, error: DrafterFailed) -> None:
+        logger.error("a chat loses the drafter: %s", error)
+        self._failure = f"A chat lost the drafter: {error}."
+        self._rests_until_s = time.monotonic() + FAILURE_REST_S
+        self._note_trouble()
+        asyncio.get_running_loop().call_later(FAILURE_REST_S, self._note_trouble)
+        self._num_failures += 1
+        if self._num_failures >= FAILURES_MAX and self._worker is not None:
+            logger.error("the drafter's worker %d is killed: all fails", self._worker.pid)
+            self._worker.kill()
+
+    def _context_worked(self) -> None:
+        self._failure, self._rests_until_s, self._num_failures = "", 0.0, 0
+        self._note_trouble()
 
     async def _supervise(self, worker: _Worker | None) -> None:
         """Replaces the worker whenever it dies, until cancelled."""
@@ -223,7 +251,7 @@ class DraftingProcess:
     def _attach(self, worker: _Worker) -> None:
         """Makes a loaded worker the current one: every open context moves in."""
         self._worker = worker
-        self._unanswered_pings = 0
+        self._unanswered_pings = self._num_failures = 0
         self._note_trouble()
         worker.on_message = self._receive
         for context_id, context in self._contexts.items():

@@ -7,6 +7,8 @@ without a process. `load` makes a ScriptedDrafter in a real worker process from 
 
 import asyncio
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -171,12 +173,22 @@ class ScriptedDrafting:
 
 
 def load(spec: DrafterSpec) -> ScriptedDrafter:
-    """A pseudo_model described by script.json: logits_width, seed, token_s (time per token)."""
+    """A pseudo_model described by script.json: logits_width, seed, token_s (time per token).
+
+    It fails as told: `load` "no memory" or "killed"; `nan_behind`, a text that begins with this.
+    """
     description = json.loads((Path(spec.model) / SCRIPT_FILE).read_text())
+    match description.get("load"):
+        case "no memory":
+            raise MemoryError("98304 bytes are too many")
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
     model = pseudo_model(description["logits_width"], description["seed"])
 
     def script(text: TokenArray) -> int | LogitsArray | None:
         time.sleep(description["token_s"])
+        if text[0] == description.get("nan_behind"):
+            return np.full(description["logits_width"], np.nan, np.float32)
         return model(text)
 
     return ScriptedDrafter(script, description["logits_width"])

@@ -30,6 +30,7 @@ from picospec.protocol.drafting import Allow, Drafted, Exhausted, Rollback
 from picospec.protocol.messages import Rejection, SamplingParams, VerificationMode
 from picospec.sampling.distribution import Distribution
 from picospec.sampling.rejection import RejectionSampler
+from tests.support.builders import make_context_spec
 
 WIDTH, MODEL_SEED = 32, 3
 WINDOW = 6
@@ -38,8 +39,8 @@ NUM_TOKENS = 60
 
 @pytest.fixture
 def script_spec(tmp_path):
-    def write(token_s: float = 0.0) -> DrafterSpec:
-        description = {"logits_width": WIDTH, "seed": MODEL_SEED, "token_s": token_s}
+    def write(token_s: float = 0.0, **failures) -> DrafterSpec:
+        description = {"logits_width": WIDTH, "seed": MODEL_SEED, "token_s": token_s, **failures}
         (tmp_path / SCRIPT_FILE).write_text(json.dumps(description))
         return DrafterSpec("scripted", str(tmp_path))
 
@@ -274,6 +275,81 @@ async def test_a_drafter_that_does_not_load_says_why_and_is_tried_again(tmp_path
         await asyncio.wait_for(chat.done.wait(), 30)
     finally:
         await drafting.stop()
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"), [("no memory", "98304 bytes are too many"), ("killed", "died loading")]
+)
+async def test_a_drafter_that_fails_to_load_is_waited_for_by_nobody(
+    script_spec, monkeypatch, failure, reason
+):
+    monkeypatch.setattr(process, "RESTARTS_MAX", 1)
+    monkeypatch.setattr(process, "RETRY_AFTER_S", 0.2)
+    drafting = DraftingProcess(script_spec(load=failure))
+    drafting.begin()
+    try:
+        await until(lambda: reason in drafting.trouble)
+        troubled_s = drafting.troubled_s
+        await asyncio.sleep(0.05)
+        assert drafting.troubled_s >= troubled_s + 0.05
+        script_spec()
+        await until(lambda: drafting.trouble == "")
+        chat = Chat(drafting, SPECS[0])
+        await asyncio.wait_for(chat.done.wait(), 30)
+    finally:
+        await drafting.stop()
+
+
+def failing_spec() -> ContextSpec:
+    return make_context_spec(token_ids=[9, 2, 3])
+
+
+async def fail(drafting, count=1):
+    chats = [Chat(drafting, failing_spec()) for _ in range(count)]
+    for chat in chats:
+        await asyncio.wait_for(chat.done.wait(), 30)
+        assert isinstance(chat.failed.error, DrafterFailed)
+
+
+async def test_logits_that_are_no_numbers_are_trouble_until_another_chat_drafts(script_spec):
+    async with running(script_spec(nan_behind=9)) as drafting:
+        pid = drafting.pid
+        await fail(drafting)
+        assert "NumericalError" in drafting.trouble
+        await asyncio.sleep(0.05)
+        troubled_s = drafting.troubled_s
+        assert troubled_s >= 0.05
+        chat = Chat(drafting, SPECS[0])
+        await asyncio.wait_for(chat.done.wait(), 30)
+        assert drafting.trouble == ""
+        troubled_s = drafting.troubled_s
+        await asyncio.sleep(0.05)
+        assert drafting.troubled_s == troubled_s
+        assert (drafting.pid, drafting.restarts) == (pid, 0)
+
+
+async def test_a_drafter_that_failed_may_try_again_after_a_rest(script_spec, monkeypatch):
+    monkeypatch.setattr(process, "FAILURE_REST_S", 0.2)
+    async with running(script_spec(nan_behind=9)) as drafting:
+        await fail(drafting)
+        assert drafting.trouble
+        await until(lambda: drafting.trouble == "")
+        await until(lambda: drafting.troubled_s == pytest.approx(0.2, abs=0.15))
+        troubled_s = drafting.troubled_s
+        await asyncio.sleep(0.05)
+        assert drafting.troubled_s == troubled_s
+
+
+async def test_a_worker_in_which_all_fails_is_replaced(script_spec):
+    async with running(script_spec(nan_behind=9)) as drafting:
+        pid = drafting.pid
+        await fail(drafting, process.FAILURES_MAX)
+        await until(lambda: drafting.alive and drafting.pid != pid)
+        assert drafting.restarts == 1
+        assert "NumericalError" in drafting.trouble, "until it is known to work"
+        chat = Chat(drafting, SPECS[0])
+        await asyncio.wait_for(chat.done.wait(), 30)
+        assert drafting.trouble == ""
 
 
 async def test_a_stopped_worker_is_told_of(script_spec):
