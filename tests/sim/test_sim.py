@@ -142,6 +142,7 @@ def law_scenario(
         seed=seed,
         max_tokens=NUM_TOKENS,
         faults=faults,
+        times=Times(link=2, draft=0.5),  # so that the cloud often has drafts to judge
         over_the_wire=False,
         forget_judged=forget_judged,
         successor=SUCCESSOR,
@@ -200,11 +201,13 @@ def p_value(outputs: Counter[tuple[int, ...]]) -> float:
 )
 def test_sampled_split_output_follows_the_targets_law(faults: Faults) -> None:
     outputs: Counter[tuple[int, ...]] = Counter()
-    resumes = orphans = 0
+    resumes = orphans = rejected = 0
     for seed in range(NUM_RUNS):
         world = World(law_scenario(seed, faults))
         outputs[tuple(world.run())] += 1
         resumes, orphans = resumes + world.resumes, orphans + world.orphans
+        rejected += world.num_rejected
+    assert rejected > 0.25 * NUM_RUNS, "rejections are what the test has its power from"
     if faults.lose or faults.lose_in_recovery:
         assert resumes > NUM_RUNS / 5
     if faults.crash:
@@ -212,10 +215,21 @@ def test_sampled_split_output_follows_the_targets_law(faults: Faults) -> None:
     assert p_value(outputs) > 1e-4
 
 
-def test_the_law_test_rejects_a_wrong_residual() -> None:
+@pytest.mark.parametrize("take_over", [0.0, 0.3])
+def test_the_law_test_rejects_a_wrong_residual(take_over: float) -> None:
     """Negative control: an edge that forgets what it drafted draws from P instead of P - Q."""
+    faults = Faults(take_over=take_over)
     outputs = Counter(
-        tuple(World(law_scenario(seed, Faults(), forget_judged=True)).run()) for seed in range(2000)
+        tuple(World(law_scenario(seed, faults, forget_judged=True)).run()) for seed in range(3000)
+    )
+    assert p_value(outputs) < 1e-6
+
+
+def test_the_law_test_rejects_takeovers_that_look_at_a_draft() -> None:
+    """Negative control: the cloud draws itself where the draft is odd."""
+    outputs = Counter(
+        tuple(World(law_scenario(seed, Faults(take_over=0.4, peek=True))).run())
+        for seed in range(2000)
     )
     assert p_value(outputs) < 1e-6
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from picospec.protocol import codec
 from picospec.protocol.cloud_session import CloudSession
-from picospec.protocol.draft_queue import DraftQueue
+from picospec.protocol.draft_queue import DraftQueue, Work
 from picospec.protocol.drafting import Allow, Drafted, DrafterEvent, Rollback
 from picospec.protocol.edge_events import (
     Commit,
@@ -72,6 +72,7 @@ class Faults:
     preempt: float = 0.0  # a step is planned and not carried out
     change: float = 0.0  # draft length and window change as a frame arrives
     take_over: float = 0.0  # policy auto: the cloud decodes alone, drafts there or not
+    peek: bool = False  # it does so where the draft is odd
     crash: float = 0.0  # the drafter dies behind a draft, and with it what it had not told
 
 
@@ -229,7 +230,7 @@ class Cloud:
         assert (work is not None) == self._queue.has_work
         if work is None and not self._goes_on_alone:
             return
-        if self._goes_on_alone and self._world.chance(self._world.faults.take_over):
+        if self._goes_on_alone and self._takes_over(work):
             work = None
         elif work is None and self._request.assist is AssistPolicy.AUTO:
             self._later(self._world.scenario.times.step, self._plan)  # wait for a draft
@@ -237,13 +238,19 @@ class Cloud:
         self._busy = True
         self._later(self._world.scenario.times.step, self._step, work)
 
+    def _takes_over(self, work: Work | None) -> bool:
+        faults = self._world.faults
+        if faults.peek and work is not None and work.token_ids:
+            return work.token_ids[0] % 2 == 1
+        return self._world.chance(faults.take_over)
+
     @property
     def _goes_on_alone(self) -> bool:
         """Whether it may decode without a draft. After a split rejection it never may."""
         policy = self._request.assist
         return policy in (AssistPolicy.ALWAYS, AssistPolicy.AUTO) and not self._queue.is_edges_turn
 
-    def _step(self, work: Any) -> None:
+    def _step(self, work: Work | None) -> None:
         self._busy = False
         if self._done:
             return
@@ -348,6 +355,7 @@ class World:
         self.late_frames = 0  # of lost streams, kept from the session
         self.losses_in_recovery = 0
         self.crashes = 0
+        self.num_rejected = 0  # verdicts with a rejection
         self.orphans = 0  # drafts that were not judged when their drafter died
         self.trace = hashlib.sha256()
         self._drafting = False
@@ -382,6 +390,7 @@ class World:
             self.late_frames += 1
             return
         self._tell(frame)
+        self.num_rejected += isinstance(frame, Verdict) and frame.rejection is not None
         if self.chance(self.faults.change):
             assist = self.scenario.policy.assist
             stops = [0] if assist in (AssistPolicy.ALWAYS, AssistPolicy.AUTO) else []
