@@ -5,6 +5,7 @@ With the int4 model that `picospec prepare` makes, on one thread.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from edge_agent.drafting import drafter, onnx
 from edge_agent.drafting.drafter import PREFILL_CHUNK, LogitsArray, ModelDrafter
-from edge_agent.drafting.messages import CloseContext, ContextSpec, DrafterSpec, OpenContext
+from edge_agent.drafting.messages import ContextSpec, DrafterSpec, DraftEvent, OpenContext
 from edge_agent.drafting.worker import DraftWorker
 from picospec.protocol.drafting import Allow, Drafted, Rollback
 from picospec.protocol.messages import TokenArray
@@ -180,43 +181,37 @@ def test_the_next_turn_of_an_answer_drafts_what_a_fresh_context_does(forwarded: 
 
 def test_a_chat_beside_a_long_prefill_keeps_half_of_its_pace() -> None:
     """Alternately with and without the prefill, at the same length of context; the median."""
-    drafts: list[int] = []
-    worker = DraftWorker(
-        load(),
-        lambda context_id, event: drafts.append(context_id) if isinstance(event, Drafted) else None,
-    )
     chat, long, length, count = 0, 1, 200, 60
+    num_drafted = [0, 0]
+
+    def emit(context_id: int, event: DraftEvent) -> None:
+        num_drafted[context_id] += isinstance(event, Drafted)
+
+    worker = DraftWorker(load(), emit)
     worker.handle(chat, OpenContext(spec_of(text_of(length, seed=7)), length))
     worker.handle(long, OpenContext(spec_of(text_of(4_000, seed=8)), 4_000))
-    branch = 0
+    branches = itertools.count(1)
 
     def seconds_for_drafts() -> float:
-        nonlocal branch
-        branch += 1
-        worker.handle(chat, Rollback(branch=branch, length=length, token_ids=()))
+        worker.handle(chat, Rollback(branch=next(branches), length=length, token_ids=()))
         worker.handle(chat, Allow(length + count))
-        del drafts[:]
+        end = num_drafted[chat] + count
         started_s = time.perf_counter()
-        while drafts.count(chat) < count:
+        while num_drafted[chat] < end:
             worker.step()
         return time.perf_counter() - started_s
 
-    def prefill(turns: int) -> None:
-        worker.handle(long, Allow(4_001))
-        for _ in range(turns):
-            worker.step()
-
     seconds_for_drafts()
-    ratios = []
+    ratios: list[float] = []
     while True:
-        prefill(turns=0)
+        worker.handle(long, Allow(4_001))
+        for _ in range(6):  # on with the prefill, so that all of its lengths are seen
+            worker.step()
         beside_s = seconds_for_drafts()
-        if long in drafts:
+        if num_drafted[long]:
             break  # the prefill has come to its end
         worker.handle(long, Allow(0))
         ratios.append(seconds_for_drafts() / beside_s)
-        prefill(turns=6)
     print(f"pace beside a prefill: {[round(ratio, 2) for ratio in ratios]}")
     assert len(ratios) > 8
     assert statistics.median(ratios) > 0.5, ratios
-    worker.handle(long, CloseContext())
