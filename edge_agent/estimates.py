@@ -126,9 +126,8 @@ class Estimates:
     def _alpha(self, prior: float, weight: float) -> float:
         return (self.acceptance.total + prior * weight) / (self.acceptance.weight + weight)
 
-    def stepped(self, setting: Setting, step_ms: float) -> None:
-        """An engine step took so long; one that was fast is forgotten slowly."""
-        self.step.add(step_ms)
+    def stepped_alone(self, setting: Setting, step_ms: float) -> None:
+        """A step without drafts took so long; one that was fast is forgotten slowly."""
         fastest_ms = self.fastest_step_ms.get(setting, step_ms)
         if step_ms > fastest_ms:
             step_ms = fastest_ms + FASTEST_FORGOTTEN * (step_ms - fastest_ms)

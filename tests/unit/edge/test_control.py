@@ -34,6 +34,8 @@ class Edge:
         ends_s = self.now + seconds
         drafting_s = tokens = 0.0
         self.verdict(course, 1)
+        self.now += STEP_S
+        self.verdict(course, 1)  # no draft is there yet
         while self.now < ends_s:
             drafts = course.plan(self.now).window > 0
             drafting_s += STEP_S * drafts
