@@ -32,7 +32,7 @@ SLACK = 1.5  # of the window over what steady times need: times are not steady
 HOPE_MIN = 0.05  # drafts less likely to be reached are not made
 
 GAIN_MIN = 0.02  # drafting must bring this much more
-# Over a token for each step without drafts: then nobody looks at the cloud alone. It is faster by less
+# Over a token for each step without drafts: then nobody looks at the cloud alone, which gains less
 # than that where no drafter takes memory bandwidth from it.
 CLEAR_GAIN = 0.3
 ENOUGH_S = {True: 0.8, False: 0.4}  # of generation time to know an arm by; drafting is the noisier
