@@ -9,10 +9,8 @@ import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,19 +20,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from edge_agent.drafting import drafter, onnx
-from edge_agent.drafting.drafter import Drafter, DrafterContext, LogitsArray
-from edge_agent.drafting.messages import (
-    CloseContext,
-    ContextSpec,
-    DrafterSpec,
-    DraftEvent,
-    OpenContext,
-)
+from edge_agent.drafting.drafter import Drafter, DrafterContext
+from edge_agent.drafting.messages import ContextSpec, DrafterSpec, DraftEvent, OpenContext
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.drafting.worker import DraftWorker
 from picospec.errors import DrafterFailed
 from picospec.protocol.drafting import Allow, Drafted
-from picospec.protocol.messages import SamplingParams, TokenArray, VerificationMode
+from picospec.protocol.messages import SamplingParams, VerificationMode
 from picospec.sampling.distribution import Distribution
 from picospec_cli.model_folder import model_home
 from tests.support.builders import SPLIT, make_context_spec
@@ -196,106 +188,6 @@ print(resident() - before, sum(cache.num_bytes for cache in caches))
     )  # fmt: skip
     taken, told = map(int, done.stdout.split())
     assert 0.8 * told < taken < 1.3 * told
-
-
-def test_memory_stays_below_its_bound_over_many_chats() -> None:
-    """In a process of its own, whose memory is looked at: 200 chats, none of which is closed
-    before the next has begun."""
-    command = """
-import sys
-from pathlib import Path
-import numpy as np
-from edge_agent.drafting import drafter
-from edge_agent.drafting.messages import DrafterSpec
-from tests.support.builders import make_context_spec
-BOUND = 48 << 20
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-model = drafter.load(DrafterSpec("onnx", sys.argv[1], cache_bytes=BOUND))
-rng = np.random.default_rng(0)
-def chat():
-    context = model.open(make_context_spec(token_ids=rng.integers(10, 49152, 72).tolist()))
-    context.propose()
-    return context
-before = chat()
-at_first, most, most_told = resident(), 0, 0
-for _ in range(200):
-    context = chat()
-    told = model.store.num_bytes
-    before.close()
-    before = context
-    most, most_told = max(most, resident()), max(most_told, told)
-print(most - at_first, most_told, BOUND)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", command, folder("draft-int4")],
-        capture_output=True, text=True, check=True, cwd=ROOT,
-    )  # fmt: skip
-    taken, told, bound = map(int, done.stdout.split())
-    assert told > 0.8 * bound  # it was filled
-    assert told < 1.1 * bound  # what two running chats have grown by, since it was looked at
-    assert taken < 1.3 * bound
-
-
-def test_a_turn_prefills_what_is_new_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third turn of a chat with 3,000 tokens of history."""
-    forwarded = []
-    forward = onnx.OnnxRuntime.forward
-
-    def counted(self: onnx.OnnxRuntime, token_ids: TokenArray) -> LogitsArray:
-        forwarded.append(len(token_ids))
-        return forward(self, token_ids)
-
-    monkeypatch.setattr(onnx.OnnxRuntime, "forward", counted)
-    model = drafter.load(DrafterSpec("onnx", folder("draft-int4")))
-    rng = np.random.default_rng(0)
-    history = rng.integers(10, WIDTH, 3000).tolist()
-    for new in (0, 40, 40):
-        history += rng.integers(10, WIDTH, new).tolist()
-        forwarded.clear()
-        context = model.open(context_spec(history))
-        known = proposed(context)
-        context.close()
-        assert sum(forwarded) <= (new + 2 if new else len(history))
-    fresh = drafter.load(DrafterSpec("onnx", folder("draft-int4"))).open(context_spec(history))
-    difference = np.abs(dense(known) - dense(proposed(fresh))).max()
-    assert difference < TOLERANCES["draft-int4"]
-
-
-def dense(law: Distribution) -> np.ndarray:
-    probs: np.ndarray = law.probs_of(np.arange(WIDTH))
-    return probs
-
-
-def test_a_chat_beside_a_long_prefill_keeps_half_its_pace(prompt: list[int]) -> None:
-    """4,000 tokens; alone and beside it take turns."""
-    model = drafter.load(DrafterSpec("onnx", folder("draft-int4")))
-    num_drafts = 0
-
-    def count(context_id: int, event: object) -> None:
-        nonlocal num_drafts
-        num_drafts += context_id == 0 and isinstance(event, Drafted)
-
-    worker = DraftWorker(model, count)
-    worker.handle(0, OpenContext(context_spec(prompt), len(prompt), limit=len(prompt) + 1000))
-    rng = np.random.default_rng(0)
-
-    def drafts_per_s(count: int = 16) -> float:
-        until, started_s = num_drafts + count, time.perf_counter()
-        while num_drafts < until:
-            worker.step()
-        return count / (time.perf_counter() - started_s)
-
-    drafts_per_s()
-    ratios = []
-    for long in range(1, 6):
-        alone = drafts_per_s()
-        spec = context_spec(rng.integers(10, WIDTH, 4000).tolist())
-        worker.handle(long, OpenContext(spec, 4000, limit=4010))
-        beside = drafts_per_s()
-        worker.handle(long, CloseContext())
-        ratios.append(beside / alone)
-    assert statistics.median(ratios) >= 0.5, ratios
 
 
 def test_ids_outside_the_vocabulary_do_no_harm(loaded: tuple[str, Drafter]) -> None:

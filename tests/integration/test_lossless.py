@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import random
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -21,15 +22,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_agent.control import AutoControl
+from edge_agent.control import AutoControl, Control
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.estimates import Estimates
 from edge_agent.generation import GenerationRequest
 from edge_agent.link import CloudLink
+from edge_agent.observer import NullObserver
 from edge_agent.pipeline import SpeculationPolicy, SpeculativeGenerator
 from edge_agent.tokenizer import Tokenizer
-from picospec.protocol.messages import AssistPolicy, ModelCard, SamplingParams, VerificationMode
+from picospec.protocol.messages import (
+    AssistPolicy,
+    ModelCard,
+    SamplingParams,
+    Verdict,
+    VerificationMode,
+)
 from tests.support.builders import COUPLED, GREEDY
 from tests.support.machine import edge_core, model_folder
 from tests.support.stock import generate_greedily
@@ -206,6 +214,41 @@ async def test_no_switch_changes_the_text(
     await link.close()
 
 
+@asynccontextmanager
+async def stuttering(process: DraftingProcess) -> AsyncIterator[None]:
+    """The drafter stops and goes on at random moments, so the cloud takes over at any."""
+    moments = random.Random(5)
+
+    async def stutter() -> None:
+        while True:
+            await asyncio.sleep(moments.uniform(0.01, 0.2))
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGSTOP)
+            try:
+                await asyncio.sleep(moments.uniform(0.01, 0.2))
+            finally:
+                os.kill(process.pid, signal.SIGCONT)
+
+    task = asyncio.create_task(stutter())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+class Takeovers(NullObserver):
+    """Counts what the cloud has decoded alone, and what of the drafts it has accepted."""
+
+    def __init__(self) -> None:
+        self.taken_over = self.accepted = 0
+
+    def verdict(self, verdict: Verdict) -> None:
+        self.accepted += verdict.num_accepted
+        if not verdict.num_draft_tokens:
+            self.taken_over += len(verdict.token_ids)
+
+
 @pytest.mark.parametrize("assist", [AssistPolicy.AUTO, AssistPolicy.ALWAYS])
 @pytest.mark.parametrize("mode", list(VerificationMode))
 async def test_a_cloud_that_takes_over_changes_no_greedy_text(
@@ -215,37 +258,66 @@ async def test_a_cloud_that_takes_over_changes_no_greedy_text(
     prompts: list[list[int]],
     expected: list[list[int]],
 ) -> None:
+    """In a crowd, where few drafts are in time, and alone, where many are."""
     link = CloudLink(cloud_address)
     card = await link.get_model()
-    policy = SpeculationPolicy(mode, assist=assist)
-    async with drafting("draft-int4") as process:
-        generator = SpeculativeGenerator(link, process, lambda: card, policy)
+    policy, seen = SpeculationPolicy(mode, assist=assist), Takeovers()
+    async with drafting("draft-int4") as process, stuttering(process):
+        generator = SpeculativeGenerator(link, process, lambda: card, policy, seen)
         answers = await asyncio.gather(
             *(generate(generator, prompt, f"taken-over-{n}") for n, prompt in enumerate(prompts))
         )
-    assert [token_ids for token_ids, _ in answers] == expected[: len(answers)]
+        answers += [
+            await generate(generator, prompt, f"alone-{n}") for n, prompt in enumerate(prompts[:4])
+        ]
+    assert [token_ids for token_ids, _ in answers] == [*expected, *expected[:4]]
+    assert seen.taken_over > NUM_TOKENS
+    if assist is AssistPolicy.AUTO:  # else the cloud may be ahead of every draft
+        assert seen.accepted > 0
     await link.close()
 
 
-async def test_auto_keeps_what_a_seed_says(
+async def test_coupled_text_is_a_function_of_the_seed(
     cloud_address: str, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    """Whatever is drafted, or not; with the drafter stopped in the middle, too."""
+    """Whoever takes over and whenever, whatever is drafted, with a drafter and without."""
     link = CloudLink(cloud_address)
     card = await link.get_model()
-    policy = SpeculationPolicy(COUPLED, assist=AssistPolicy.AUTO)
     warm = SamplingParams(temperature=0.8, seed=3)
+    texts: dict[str, list[int]] = {}
+    seen = Takeovers()
+
+    async def add(
+        name: str, process: DraftingProcess, assist: AssistPolicy, control: Control | None = None
+    ) -> None:
+        policy = SpeculationPolicy(COUPLED, assist=assist)
+        generator = SpeculativeGenerator(link, process, lambda: card, policy, seen, control)
+        texts[name], _ = await generate(generator, prompts[1], name, warm)
+
     async with drafting("draft-int4") as process:
         control = AutoControl(Estimates(), tuple(VerificationMode))
-        auto = SpeculativeGenerator(link, process, lambda: card, policy, control=control)
+        auto = SpeculativeGenerator(
+            link, process, lambda: card, SpeculationPolicy(COUPLED, assist=AssistPolicy.AUTO),
+            control=control,
+        )  # fmt: skip
         greedy, _ = await generate(auto, prompts[0], "auto")
         assert greedy == expected[0]
-        texts = [await generate(auto, prompts[1], f"auto-{n}", warm) for n in range(3)]
+        for assist in AssistPolicy:
+            await add(assist.value, process, assist)
+        await add("controlled", process, AssistPolicy.AUTO, control)
+        async with stuttering(process):
+            for number in range(3):
+                await add(f"stuttering {number}", process, AssistPolicy.AUTO)
+            await add("stuttering, always", process, AssistPolicy.ALWAYS)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
-        texts.append(await generate(auto, prompts[1], "stopped", warm))
+        await add("stopped", process, AssistPolicy.AUTO)
         os.kill(process.pid, signal.SIGCONT)
-    assert len({tuple(token_ids) for token_ids, _ in texts}) == 1
+    async with drafting("ngram") as process:
+        await add("another drafter", process, AssistPolicy.AUTO)
+    await add("no drafter", process, AssistPolicy.AUTO)
+    assert [name for name, text in texts.items() if text != texts["never"]] == []
+    assert min(seen.taken_over, seen.accepted) > NUM_TOKENS / 2
     await link.close()
 
 
