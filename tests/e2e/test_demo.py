@@ -52,7 +52,7 @@ def test_one_prompt_is_answered_and_summed_up(models: Path) -> None:
         r"mean accepted length [\d.]+",
         r"[\d.]+ cloud forwards/token",
         r"\d+ bytes up and \d+ down per token",
-        r"split mode",
+        r"(split|coupled) mode",
     ):
         assert re.search(figure, summary), summary
 
