@@ -88,7 +88,7 @@ async def sample(
     counts: Counter[str] = Counter()
     await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
     if options.get("lateness") is not None:
-        assert min(counts["taken over"], counts["accepted"]) > num_samples / 20, counts
+        assert min(counts["taken over"], counts["accepted"]) > num_samples / 100, counts
     return np.asarray(rows)
 
 
