@@ -147,6 +147,16 @@ def check_combination(config: EdgeConfig) -> None:
             f"speculation.window = {speculation.window} is not allowed: it must be at least "
             f"speculation.draft_length ({speculation.draft_length})"
         )
+    if (
+        not speculation.fast_verify
+        and speculation.mode != "coupled"
+        and speculation.assist is not AssistPolicy.NEVER
+    ):
+        raise ConfigError(
+            "speculation.fast_verify = false is not allowed: it must be true in split mode while "
+            f"speculation.assist is {speculation.assist.value!r}: when a whole round comes tells "
+            "what is in it, so the cloud may not take over"
+        )
     if speculation.mode == "auto" and speculation.assist is not AssistPolicy.AUTO:
         raise ConfigError(
             f"speculation.assist = {speculation.assist.value!r} is not allowed: it must be 'auto' "
