@@ -307,15 +307,15 @@ async def test_coupled_text_is_a_function_of_the_seed(
         await add("controlled", process, AssistPolicy.AUTO, control)
         async with stuttering(process):
             for number in range(3):
-                await add(f"stuttering {number}", process, AssistPolicy.AUTO)
-            await add("stuttering, always", process, AssistPolicy.ALWAYS)
+                await add(f"stuttering-{number}", process, AssistPolicy.AUTO)
+            await add("stuttering-always", process, AssistPolicy.ALWAYS)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
         await add("stopped", process, AssistPolicy.AUTO)
         os.kill(process.pid, signal.SIGCONT)
     async with drafting("ngram") as process:
-        await add("another drafter", process, AssistPolicy.AUTO)
-    await add("no drafter", process, AssistPolicy.AUTO)
+        await add("another-drafter", process, AssistPolicy.AUTO)
+    await add("no-drafter", process, AssistPolicy.AUTO)
     assert [name for name, text in texts.items() if text != texts["never"]] == []
     assert min(seen.taken_over, seen.accepted) > NUM_TOKENS / 2
     await link.close()
