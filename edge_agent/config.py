@@ -82,8 +82,10 @@ class SpeculationConfig(Settings):
 
     mode: Literal["auto", "split", "coupled"] = "auto"
     """how the cloud judges drafts; auto: chosen per generation, and lengths while it runs"""
-    estimates_file: str = "auto"
-    """where what was measured is kept over a restart; auto: in $PICOSPEC_HOME; empty: nowhere"""
+    estimates_file: str = Field(
+        "auto", min_length=1, json_schema_extra={"allowed": "auto, off or a path"}
+    )
+    """what keeps estimates over a restart; auto: in $STATE_DIRECTORY, else in $PICOSPEC_HOME"""
     draft_length: int = Field(4, ge=1, le=64)
     """split, coupled: drafts per round"""
     window: int = Field(32, ge=1, le=1024)

@@ -20,6 +20,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -32,7 +33,7 @@ from edge_agent.control import DRAFT_LENGTH_MAX, AutoControl, Control, FixedCont
 from edge_agent.drafting.messages import DrafterSpec
 from edge_agent.drafting.process import DraftingProcess
 from edge_agent.estimates import Estimates
-from edge_agent.estimates_file import EstimatesFile
+from edge_agent.estimates_file import EstimatesFile, drafter_identity, place
 from edge_agent.generation import Generator
 from edge_agent.link import CloudLink
 from edge_agent.metrics import DrafterState, EdgeMetrics
@@ -137,14 +138,11 @@ class EdgeServer:
         drafter = config.drafter
         self._manager.status("loading the drafter")
         async with contextlib.AsyncExitStack() as stack:
+            spec = DrafterSpec(
+                drafter.backend, drafter.model, drafter.threads, drafter.cpu, drafter.cache_bytes
+            )
             drafting = DraftingProcess(
-                DrafterSpec(
-                    drafter.backend,
-                    drafter.model,
-                    drafter.threads,
-                    drafter.cpu,
-                    drafter.cache_bytes,
-                ),
+                spec,
                 drafter.max_contexts,
                 turn_timeout_s=drafter.turn_timeout_s,
             )
@@ -167,19 +165,21 @@ class EdgeServer:
             )
             stack.push_async_callback(link.close)
             metrics = EdgeMetrics(lambda: drafter_state(drafting), lambda: link.open_streams)
+            estimates = Estimates()
+            file = EstimatesFile(estimates_place(config), estimates, drafter_identity(spec))
+            stack.callback(file.write)
+
+            def check(card: ModelCard) -> None:
+                check_card(card, self._tokenizer, policy)
+                file.served(card)
+
             watch = ModelWatch(
                 link.get_model,
-                lambda card: check_card(card, self._tokenizer, policy),
+                check,
                 timeout_s=cloud.connect_timeout_s,
                 poll_interval_s=cloud.poll_interval_s,
                 on_reachable=metrics.cloud_reachable,
             )
-            file = EstimatesFile(
-                config.speculation.estimates_file,
-                made_with=f"{config.drafter.backend} {config.drafter.model} {cloud.address}",
-            )
-            estimates = file.read()
-            stack.callback(file.write, estimates)
             generator = SpeculativeGenerator(
                 link,
                 drafting,
@@ -191,7 +191,7 @@ class EdgeServer:
             host = EdgeHost(self._tokenizer, generator, watch, drafting, cloud_goes_on=goes_on)
             for work in (
                 watch.run(),
-                file.keep(estimates),
+                file.keep(),
                 self._manager.feed_watchdog(lambda: drafting.problem),
             ):
                 stack.callback(asyncio.create_task(work).cancel)
@@ -285,6 +285,12 @@ def policy_of(config: EdgeConfig) -> SpeculationPolicy:
         resume_attempts=config.cloud.resume_attempts,
         resume_timeout_s=config.cloud.resume_timeout_s,
     )
+
+
+def estimates_place(config: EdgeConfig) -> Path | None:
+    """Of the file that keeps them; None where nothing is estimated, or kept."""
+    speculation = config.speculation
+    return place(speculation.estimates_file) if speculation.mode == "auto" else None
 
 
 def control_of(

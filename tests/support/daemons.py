@@ -276,7 +276,7 @@ class Daemons:
                 *("--server.port", "0", "--server.shutdown_grace_s", "5"),
                 *("--cloud.address", f"127.0.0.1:{relay.port}", "--cloud.poll_interval_s", "0.2"),
                 *("--cloud.connect_timeout_s", str(PATIENCE_S)),
-                *("--speculation.estimates_file", ""),  # each test begins without
+                *("--speculation.estimates_file", "off"),  # each test begins without
                 *flags,
             ],
             edge_core(),

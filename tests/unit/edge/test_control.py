@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 
 from edge_agent.control import AutoControl, AutoCourse, FixedControl
 from edge_agent.estimates import Arm, Estimates, Rate, Setting
-from edge_agent.estimates_file import EstimatesFile
 from picospec.protocol.edge_machine import SpeculationPolicy
 from picospec.protocol.messages import SamplingParams, VerificationMode
 from tests.support.builders import COUPLED, GREEDY, SPLIT, make_verdict
@@ -186,40 +184,6 @@ def test_the_window_grows_with_the_round_trip_and_shrinks_with_hope() -> None:
 def test_a_file_that_is_no_estimates_is_refused(document: object) -> None:
     with pytest.raises(ValueError, match=r".+"):
         Estimates.from_json(document)
-
-
-def test_the_file_comes_back(tmp_path) -> None:
-    path = tmp_path / "deep" / "estimates.json"
-    file = EstimatesFile(str(path), made_with="int8 on a cloud")
-    assert file.read().as_json() == Estimates().as_json()
-    estimates = Estimates()
-    estimates.step.add(21.0)
-    estimates.arms(Setting(0, 5, sampled=False))[Arm.OFF].add(50, 1.0)
-    file.write(estimates)
-    assert file.read().as_json()["step_ms"] == pytest.approx(21.0)
-    assert file.read().as_json()["rates"] == estimates.as_json()["rates"]
-    assert os.listdir(path.parent) == ["estimates.json"]
-    other = EstimatesFile(str(path), made_with="int4 on a cloud")
-    assert other.read().as_json() == Estimates().as_json()
-
-
-def test_by_default_it_is_in_the_home(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PICOSPEC_HOME", str(tmp_path))
-    EstimatesFile("auto").write(Estimates())
-    assert os.listdir(tmp_path) == ["estimates.json"]
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"{}"])
-def test_a_damaged_file_is_left_aside(tmp_path, content: bytes) -> None:
-    path = tmp_path / "estimates.json"
-    path.write_bytes(content)
-    assert EstimatesFile(str(path)).read().as_json() == Estimates().as_json()
-
-
-def test_without_a_place_nothing_is_kept(tmp_path) -> None:
-    EstimatesFile("").write(Estimates())
-    (tmp_path / "file").touch()
-    EstimatesFile(str(tmp_path / "file" / "below.json")).write(Estimates())
 
 
 def test_where_drafts_clearly_beat_one_token_a_step_nobody_looks_at_the_cloud_alone() -> None:
