@@ -76,6 +76,12 @@ def test_it_answers_a_real_edge(edge: EdgeClient) -> None:
     assert edge.ask() == edge.ask() != ""
 
 
+def test_with_the_default_settings_the_model_is_compiled(container: Container) -> None:
+    """Which takes the image's compiler; /tmp, where nothing may be executed, is no place for it."""
+    found = container.run("find", "/cache/torchinductor", "/cache/vllm", "-name", "*.so")
+    assert found.stdout, found.stderr
+
+
 def test_it_runs_as_a_user_without_rights_on_a_read_only_root(container: Container) -> None:
     status = Path(f"/proc/{container.pid}/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())

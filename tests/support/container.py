@@ -30,7 +30,7 @@ set -e
 mount --make-rprivate /
 mount --bind "$1" "$1"
 mount -o remount,bind,ro "$1"
-mount -t tmpfs -o mode=1777 tmpfs "$1/tmp"
+mount -t tmpfs -o mode=1777,noexec,nosuid,nodev tmpfs "$1/tmp"
 mount -t tmpfs -o mode=755,uid=${3%%:*},gid=${3##*:} tmpfs "$1/cache"
 mount --bind "$2" "$1/models"
 mount -o remount,bind,ro "$1/models"
