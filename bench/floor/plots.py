@@ -1,30 +1,34 @@
 """README's plot: the speed-up of the default settings by round trip, of every pair measured."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.floor.grid import Kind
-from picospec_cli.pairs import DEFAULT, PAIRS
+from bench.report.plots import save
+from picospec_cli.pairs import DEFAULT, PAIRS, Pair
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NAME = "floor-speedup"
-DPI = 150
+
+
+def results_of(pair: Pair, folder: Path) -> Path:
+    """The pair's JSON file in `folder`."""
+    return folder / f"{'floor' if pair is DEFAULT else pair.name}.json"
 
 
 def draw(folder: Path) -> None:
-    """From the JSON files in `folder`, as PNG and SVG. Needs matplotlib; without it there is no
-    plot."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = NAME  # else every run writes another SVG
-    import matplotlib.pyplot as plt
+    """From the JSON files in `folder`. Without matplotlib there is no plot."""
+    save(lambda axes: _speedup(axes, folder), folder / NAME, salt=NAME)
 
-    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+
+def _speedup(axes: Axes, folder: Path) -> bool:
     for pair in PAIRS.values():
-        path = folder / f"{'floor' if pair is DEFAULT else pair.name}.json"
+        path = results_of(pair, folder)
         if not path.exists():
             continue
         cells = json.loads(path.read_text())["cells"]
@@ -46,9 +50,7 @@ def draw(folder: Path) -> None:
     axes.set_ylim(bottom=0.0)
     axes.grid(alpha=0.3)
     axes.legend()
-    for kind, metadata in (("png", None), ("svg", {"Date": None})):
-        figure.savefig(folder / f"{NAME}.{kind}", dpi=DPI, metadata=metadata)
-    plt.close(figure)
+    return True
 
 
 def _points(cells: list[dict[str, Any]], draft: str) -> list[tuple[float, float]]:

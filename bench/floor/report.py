@@ -40,9 +40,9 @@ def write(cells: Sequence[Cell], about: About, folder: Path, pair: Pair = DEFAUL
         for cell in cells
     ]
     data = {"about": asdict(about), "cells": rows}
-    name = "floor" if pair is DEFAULT else pair.name
-    (folder / f"{name}.json").write_text(json.dumps(data, indent=1, default=_plain) + "\n")
-    path = folder / f"{name}.md"
+    path = plots.results_of(pair, folder)
+    path.write_text(json.dumps(data, indent=1, default=_plain) + "\n")
+    path = path.with_name(f"{path.stem}.md")
     path.write_text(document(cells, about, pair))
     plots.draw(folder)
     return path

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from bench.floor.grid import FLOOR_MIN, Contender, Load
+from bench.floor.grid import FLOOR_MIN, WANTED, Contender, Load
 from bench.floor.loads import Run, Sample
 from bench.floor.sources import Spent
 from bench.spreads import first_difference
@@ -62,7 +62,7 @@ class Cell:
     load: Load
     contender: Contender
     part: str = ""
-    wanted: float = 0.97  # the ratio that the default settings should reach
+    wanted: float = WANTED
     trials: list[Trial] = field(default_factory=list)
 
     @property

@@ -60,8 +60,7 @@ async def run(
     for part, until_s in ((others, ends_s - share * 60 * minutes), (turns, ends_s)):
         if not part:
             continue
-        engine = {**SETTINGS, "enable_prefix_caching": part is turns}
-        engine |= {"dtype": "bfloat16"} if pair.precision == "bf16" else {}
+        engine = {**SETTINGS, "enable_prefix_caching": part is turns, **pair.engine_args}
         say(f"starting both engines and the drafters for {len(part)} groups ...")
         drafts = sorted({*MODELS, "ngram"} & _drafters(part))
         gaps = Gaps(pair)

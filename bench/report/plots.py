@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,24 +23,34 @@ DPI = 150
 
 def draw(result: Result, folder: Path) -> dict[str, str]:
     """The plots that the result has data for: name to file, relative to `folder`."""
+    pictures = {}
+    for name, plot in (("speedup", _speedup), ("lengths", _lengths), ("ablation", _ablation)):
+        stem = f"{result.suite}-{name}"
+        if save(partial(plot, result=result), folder / stem, salt=result.suite):
+            pictures[name] = f"{stem}.png"
+    return pictures
+
+
+def save(plot: Callable[[Axes], bool], path: Path, *, salt: str) -> bool:
+    """Write what `plot` draws to `path`, as .png and .svg; whether it had anything to draw.
+
+    Without matplotlib it has not. The same figure and `salt` give the same SVG.
+    """
     try:
         import matplotlib
     except ImportError:
-        return {}
+        return False
     matplotlib.use("Agg")
-    # Else every run writes another SVG.
-    matplotlib.rcParams["svg.hashsalt"] = result.suite
+    matplotlib.rcParams["svg.hashsalt"] = salt
     import matplotlib.pyplot as plt
 
-    pictures = {}
-    for name, plot in (("speedup", _speedup), ("lengths", _lengths), ("ablation", _ablation)):
-        figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
-        if plot(axes, result):
-            for kind, metadata in (("png", None), ("svg", {"Date": None})):
-                figure.savefig(folder / f"{result.suite}-{name}.{kind}", dpi=DPI, metadata=metadata)
-            pictures[name] = f"{result.suite}-{name}.png"
-        plt.close(figure)
-    return pictures
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    has_drawn = plot(axes)
+    if has_drawn:
+        for kind, metadata in (("png", None), ("svg", {"Date": None})):
+            figure.savefig(path.with_name(f"{path.name}.{kind}"), dpi=DPI, metadata=metadata)
+    plt.close(figure)
+    return has_drawn
 
 
 def _speedup(axes: Axes, result: Result) -> bool:

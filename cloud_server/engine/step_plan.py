@@ -97,9 +97,9 @@ class StepPlanner:
             for session, count in zip(
                 auto, best_drafts(self.costs, len(joining), available), strict=True
             ):
-                # Without a kept row, a split session that judges nothing would forward for nothing.
-                least = 0 if session.keeps_rows or not session.split else rooms[id(session)]
-                rooms[id(session)] = max(count, min(1, least))
+                if count == 0 and session.split and not session.keeps_rows:
+                    count = min(1, rooms[id(session)])  # without any it would forward for nothing
+                rooms[id(session)] = count
         for session in working:
             room = rooms.get(id(session), self._room(session.request))
             session.work = session.queue.take(room)

@@ -118,9 +118,14 @@ class VerificationRunner:
         tokens: list[list[int]] = []
         row = 0
         for request_id, count in zip(request_ids, num_drafts, strict=True):
+            rows = slice(row, row + count + 1)
+            row = rows.stop
             plan = plans.get(request_id)
-            tokens.append([] if plan is None else self._judge(request_id, logits, row, plan, best))
-            row += count + 1
+            tokens.append(
+                []
+                if plan is None
+                else self._judge(request_id, logits[rows], best and best[rows], plan)
+            )
         columns = max(_MIN_COLUMNS, max(map(len, tokens), default=0))
         sampled = np.full((len(tokens), columns), _NO_TOKEN, np.int32)
         for index, token_ids in enumerate(tokens):
@@ -131,16 +136,10 @@ class VerificationRunner:
         )
 
     def _judge(
-        self,
-        request_id: str,
-        logits: torch.Tensor,
-        row: int,
-        plan: StepPlan,
-        best: Sequence[int] | None,
+        self, request_id: str, rows: torch.Tensor, best: Sequence[int] | None, plan: StepPlan
     ) -> list[int]:
-        """Judge the session whose rows begin at `row`; returns its tokens."""
+        """The session's tokens. `best` are those of the highest logits in `rows`, if known."""
         drafts = self._drafts.get(request_id, [])[: plan.num_drafts]
-        rows = slice(row, row + plan.num_drafts + 1)
         params = self._params[request_id]
         prompt, output = (
             self._history(request_id, plan.position)
@@ -149,7 +148,7 @@ class VerificationRunner:
         )
         try:
             result = verify(
-                logits[rows],
+                rows,
                 params,
                 position=plan.position,
                 draft_token_ids=drafts,
@@ -158,14 +157,14 @@ class VerificationRunner:
                 output_token_ids=output,
                 step=plan.kind,
                 attempt=plan.attempt,
-                best=best[rows] if best is not None else None,
+                best=best,
             )
         except NumericalError as error:  # this session's logits; the others' are sound
             self._outcome.results[request_id] = error
             return []
         self._outcome.results[request_id] = result
         if plan.keep_row and result.rejection is None and not result.token_ids:
-            self._outcome.rows[request_id] = logits[rows][-1:].clone()
+            self._outcome.rows[request_id] = rows[plan.num_drafts : plan.num_drafts + 1].clone()
         return [*drafts[: result.num_accepted], *result.token_ids]
 
     def _history(self, request_id: str, position: int) -> tuple[TokenArray, TokenArray]:

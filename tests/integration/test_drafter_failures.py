@@ -35,6 +35,7 @@ from tests.integration.test_edge_daemon import (
 )
 from tests.support.chat import user_says
 from tests.support.cloud import running_cloud
+from tests.support.daemons import child_of
 
 NUM_TOKENS = 60
 STEP_S = 0.005
@@ -110,24 +111,24 @@ async def until_status(running: Edge, status: str, reason: str = "") -> None:
 
 def worker_pid() -> int:
     """The drafting worker's: it is a child of this process."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            is_worker = b"edge_agent.drafting.worker_main" in (entry / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if parent == os.getpid() and is_worker:
-            return int(entry.name)
-    raise AssertionError("there is no drafting worker")
+    pid: int = child_of(os.getpid(), "edge_agent.drafting.worker_main").pid
+    return pid
+
+
+async def strike(running: Edge, number: signal.Signals) -> tuple[float, int]:
+    """Send a signal to the worker in the middle of an answer; the seconds of trouble that there
+    were before, and which worker it was."""
+    await until_status(running, "ok")
+    before_s, pid = await troubled_s(running), worker_pid()
+    await ask(running, 5, lambda: os.kill(pid, number))
+    return before_s, pid
 
 
 @pytest.mark.parametrize("mode", MODES)
 @on_uvloop
 async def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     async with scripted_edge(tmp_path, monkeypatch, mode) as running:
-        await until_status(running, "ok")
-        before_s, pid = await troubled_s(running), worker_pid()
-        await ask(running, 5, lambda: os.kill(pid, signal.SIGKILL))
+        before_s, pid = await strike(running, signal.SIGKILL)
         await until_status(running, "ok")
         assert worker_pid() != pid
         assert await troubled_s(running) > before_s
@@ -138,9 +139,7 @@ async def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 @on_uvloop
 async def test_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     async with scripted_edge(tmp_path, monkeypatch, mode) as running:
-        await until_status(running, "ok")
-        before_s, pid = await troubled_s(running), worker_pid()
-        await ask(running, 5, lambda: os.kill(pid, signal.SIGSTOP))
+        before_s, pid = await strike(running, signal.SIGSTOP)
         await until_status(running, "degraded", "The drafter answers nothing")
         await ask(running)
         await until_status(running, "ok")  # it was replaced

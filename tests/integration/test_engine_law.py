@@ -168,23 +168,21 @@ async def test_sampled_output_follows_the_target(
     assert min(found.values()) > P_MIN, found
 
 
-async def test_the_same_test_rejects_the_truncated_law(
-    tiny_engine: VLLMEngine, tiny_reference: Reference
-) -> None:
-    """Negative control: with `exact = false` the output must fail where the others pass."""
-    sampling = SamplingParams(temperature=1.0)
-    rows = await sample(tiny_engine, SPLIT, sampling, 6_000, sparse_k=4, exact=False)
-    found = p_values(rows, tiny_reference, sampling)
-    assert found["first"] > P_MIN, "the first token is the cloud's own, never truncated"
-    assert found["pair"] < 1e-9, found
+# Deliberate faults.
+CONTROLS: dict[str, dict[str, Any]] = {
+    "the truncated law": {"exact": False},
+    # The cloud may take over at any time, but not because of a draft.
+    "a takeover that looks at the draft": {"lateness": withheld_if_odd},
+}
 
 
-async def test_the_same_test_rejects_a_takeover_that_looks_at_the_draft(
-    tiny_engine: VLLMEngine, tiny_reference: Reference
+@pytest.mark.parametrize("control", CONTROLS)
+async def test_the_same_test_rejects(
+    tiny_engine: VLLMEngine, tiny_reference: Reference, control: str
 ) -> None:
-    """Negative control: the cloud may take over at any time, but not because of a draft."""
+    """Negative controls: the output must fail where the others pass."""
     sampling = SamplingParams(temperature=1.0)
-    rows = await sample(tiny_engine, SPLIT, sampling, 6_000, sparse_k=4, lateness=withheld_if_odd)
+    rows = await sample(tiny_engine, SPLIT, sampling, 6_000, sparse_k=4, **CONTROLS[control])
     found = p_values(rows, tiny_reference, sampling)
     assert found["first"] > P_MIN, "the first token is the cloud's own"
     assert found["pair"] < 1e-9, found

@@ -43,6 +43,13 @@ class DaemonFailed(AssertionError):
     """A daemon ended, or did not do what was waited for; quotes the end of its log."""
 
 
+def child_of(pid: int, module: str) -> psutil.Process:
+    """The process below `pid` that runs `module`."""
+    children = psutil.Process(pid).children(recursive=True)
+    [found] = [child for child in children if module in " ".join(child.cmdline())]
+    return found
+
+
 class Daemon:
     """`python -m MODULE FLAGS` on one core, logging to `log`."""
 
@@ -108,8 +115,7 @@ class Daemon:
 
     def child(self, module: str) -> psutil.Process:
         """The child that runs `module`."""
-        [found] = [child for child in self.family()[1:] if module in " ".join(child.cmdline())]
-        return found
+        return child_of(self._process.pid, module)
 
     def stop(self) -> None:
         """SIGTERM, and the end that must follow. Raises DaemonFailed if it is not clean."""

@@ -20,9 +20,9 @@ from picospec.sampling.distribution import GREEDY_TEMPERATURE, penalties_at
 from picospec.sampling.noise import Purpose
 
 REJECTION_TAIL_MASS_MAX = 1e-3  # what a Rejection may leave out of S, `sparse_k` allowing
+REJECTION_TAIL_MASS_MIN = 1e-12  # far below the rounding of P on S; less is no tail
 NO_TOKEN = -1  # of a row that has no best one
 NO_LAW = "the target's logits do not define a probability distribution: NaN, +inf or only -inf"
-REJECTION_TAIL_MASS_MIN = 1e-12  # far below the rounding of P on S; less is no tail
 
 
 @dataclass(frozen=True, slots=True, eq=False)

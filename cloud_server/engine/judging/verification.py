@@ -111,12 +111,13 @@ def verify(
     With two drafts of which the second is rejected at position 8 in coupled mode,
     `verify(logits, params, 7, [5, 6], ())` is `StepResult(1, (recovered,))`.
     """
-    rows = logits[: len(draft_token_ids) + 1, : params.logits_width]
+    num_rows = len(draft_token_ids) + 1
+    rows = logits[:num_rows, : params.logits_width]
     sampling = params.sampling
     if sampling.temperature < GREEDY_TEMPERATURE and not sampling.has_penalties:
         if best is None or not params.takes_best:
             best = best_token_ids(penalised(rows, sampling, prompt_token_ids, output_token_ids))
-        return _verify_greedy(best, params.mode, draft_token_ids, step)
+        return _verify_greedy(best[:num_rows], params.mode, draft_token_ids, step)
 
     def target(index: int) -> TargetDistribution:
         output = output_token_ids

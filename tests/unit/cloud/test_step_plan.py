@@ -115,6 +115,15 @@ def test_at_full_load_nothing_but_decoding_pays() -> None:
     assert [session.draft_budget for session in sessions] == [0] * 8
 
 
+def test_a_split_session_without_rows_judges_one_draft_even_if_none_pays() -> None:
+    """Else it would have work, get none, and be asked again for ever."""
+    plan = planner()
+    plan.costs = StepCosts({1: 0.010, 64: 0.640})
+    session = make_session(mode=SPLIT, assist=AssistPolicy.AUTO, drafts=(2, 3), may_keep_rows=False)
+    assert composed(plan, session) == []
+    assert session.request.spec_token_ids == [2]
+
+
 def test_a_split_session_taken_over_draws_from_its_row_or_by_itself() -> None:
     keeps = make_session(mode=SPLIT, assist=AssistPolicy.AUTO)
     assert rows_of(planner(), keeps) == StepPlan(StepKind.DRAFTS, AT, keep_row=True)

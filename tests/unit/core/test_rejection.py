@@ -209,7 +209,7 @@ def test_without_a_judged_draft_the_token_follows_the_target(oracle: Oracle, spa
 
 
 def coded(*contexts: tuple[int, ...]) -> torch.Tensor:
-    """Logits rows that stand for P after these tokens: `laws_by_code` reads them."""
+    """Logits rows that stand for P after these tokens: `pair_law` reads them."""
     return torch.tensor(
         [[float(int("1" + "".join(map(str, each)))), 0.0, 0.0] for each in contexts]
     )
