@@ -10,7 +10,7 @@ settings. `AutoControl` goes by what all generations of the edge have measured (
    seed, or is greedy (the two modes then differ in what a miss costs only), else whichever mode was
    faster.
 3. The drafter goes as far ahead as verdicts are behind, and no further than a draft has any hope or
-   the cloud says that it can use.
+   the cloud says that it can use. Frames are aimed at where the cloud is when they land.
 
 Time is passed in, in seconds; nothing here waits or reads a clock.
 """
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from edge_agent.estimates import Arm, Estimates, Rate, Setting
+from picospec.protocol.aim import AT_ONCE, Aim
 from picospec.protocol.edge_machine import SpeculationPolicy
 from picospec.protocol.messages import SamplingParams, Verdict, VerificationMode
 from picospec.sampling.distribution import GREEDY_TEMPERATURE
@@ -29,6 +30,7 @@ DRAFT_LENGTH_MAX = 16  # the cloud's budget says how many a step takes
 WINDOW_MAX = 64
 WINDOW_MIN = 2
 SLACK = 1.5  # of the window over what steady times need: times are not steady
+LEAD_SHARE = 0.8  # of the tokens that the cloud makes in a round trip: a draft must not come late
 HOPE_MIN = 0.05  # drafts less likely to be reached are not made
 
 GAIN_MIN = 0.02  # drafting must bring this much more
@@ -41,7 +43,8 @@ FIRST_DRAFT_S = 3.0  # for the drafter's prefill: drafting is judged by its draf
 LOOK_TIMEOUT_S = 4.0  # for an arm that makes no tokens to judge it by
 LOOK_COST = 0.01  # of the speed, that looks at the slower arm may take at first, ...
 LOOK_INTERVAL_MIN_S, LOOK_INTERVAL_MAX_S = 8.0, 256.0  # ... less while nothing changes
-PAUSE_S, PAUSE_MAX_S = 2.0, 16.0  # of one generation whose own drafts do not pay; doubles
+LOSS_MAX_S = 0.15  # that one generation's drafts may cost in a row, in time without drafts; then
+PAUSE_S, PAUSE_MAX_S = 2.0, 16.0  # they pause; doubles
 CROWD = 3  # log2 of a batch in which other sessions' rows bring as much as drafts
 CROWD_PAUSE_S = 2.0  # until drafts are tried there
 OTHER_MODE_EVERY = 12  # generations, while the other mode is not far behind
@@ -54,6 +57,7 @@ class DraftPlan:
 
     draft_length: int  # a round, or most drafts that an engine step takes
     window: int  # most unverified tokens; 0: the drafter stops
+    aim: Aim = AT_ONCE
 
 
 class Course(Protocol):
@@ -175,6 +179,18 @@ def _is_known(rate: Rate, *, drafts: bool) -> bool:
     return rate.seconds >= ENOUGH_S[drafts] / 2
 
 
+def _is_like(plan: DraftPlan, other: DraftPlan) -> bool:
+    """Whether the difference is not worth a change."""
+    if bool(plan.window) is not bool(other.window) or plan.aim.bundle != other.aim.bundle:
+        return False
+    changes = (
+        plan.window - other.window,
+        plan.aim.lead - other.aim.lead,
+        plan.aim.reach - other.aim.reach,
+    )
+    return all(abs(change) <= 1 for change in changes)
+
+
 def _pays(on_per_second: float, off_per_second: float) -> bool:
     return on_per_second > (1.0 + GAIN_MIN) * off_per_second
 
@@ -240,6 +256,13 @@ class AutoControl:
             window = min(window, math.ceil(math.log(HOPE_MIN) / math.log(alpha)))
         return min(max(window, WINDOW_MIN), WINDOW_MAX)
 
+    def aim(self, draft_budget: int) -> Aim:
+        """By what the cloud does in a round trip: a token a step at least, with all drafts at
+        most."""
+        steps = self.estimates.round_trip.mean() / self.estimates.step.mean(20.0)
+        reach = math.ceil((1.0 + steps) * (1 + draft_budget))
+        return Aim(int(LEAD_SHARE * steps), reach, max(1, draft_budget))
+
     @property
     def has_hope(self) -> bool:
         """Whether a chain can get ahead of a cloud that goes on alone for a round trip."""
@@ -252,8 +275,7 @@ class AutoControl:
         best = Setting.of(
             batch_size=1, round_trip_ms=self.estimates.round_trip.mean(), sampled=True
         )
-        arms = self.estimates.arms(best)
-        split, coupled = arms[Arm.SPLIT], arms[Arm.COUPLED]
+        split, coupled = (self.estimates.rate(best, arm) for arm in (Arm.SPLIT, Arm.COUPLED))
         for arm, mode in ((coupled, VerificationMode.COUPLED), (split, VerificationMode.SPLIT)):
             if not arm.seconds:
                 return mode
@@ -279,8 +301,7 @@ class AutoCourse:
     _drafts_since_s: float = -math.inf
     _has_drafted: bool = False  # since then: a verdict was on drafts
     _heard_s: float | None = None  # the last verdict
-    _own_tokens: int = 0  # with drafts, of late
-    _own_s: float = 0.0
+    _loss_s: float = 0.0  # what its own drafts have cost of late; below 0 where they gain
     _paused_until_s: float = -math.inf
     _pause_s: float = PAUSE_S
     _last: DraftPlan = field(default_factory=lambda: DraftPlan(DRAFT_LENGTH_MAX, 0))
@@ -288,36 +309,36 @@ class AutoCourse:
     def plan(self, now: float) -> DraftPlan:
         control, estimates = self.control, self.control.estimates
         setting = control.setting(batch_size=self.batch_size, sampled=self.sampled)
-        arms, choice = estimates.arms(setting), control.choice(setting, now)
-        on, off = arms[Arm(self.mode.value)], arms[Arm.OFF]
+        choice = control.choice(setting, now)
+        on, off = (estimates.rate(setting, arm) for arm in (Arm(self.mode.value), Arm.OFF))
         off_max = estimates.bound(setting)
         choice.update(on, off, off_max, now)
         drafts = choice.drafts and self.draft_budget > 0
         drafts = drafts and control.has_hope and control.drafter_works()
         if drafts and choice.looks_since_s is None:
-            drafts = not self._is_paused(off.per_second or off_max, now)
+            drafts = not self._is_paused(now)
         if drafts is not self._drafts:
             if self._drafts is not None:
                 self._changed_s = now
             self._drafts, self._drafts_since_s, self._has_drafted = drafts, now, False
-        window = control.window(self.draft_budget) if drafts else 0
-        if bool(window) is not bool(self._last.window) or abs(window - self._last.window) > 1:
-            self._last = DraftPlan(DRAFT_LENGTH_MAX, window)
+        plan = DraftPlan(DRAFT_LENGTH_MAX, 0)
+        if drafts:
+            budget = self.draft_budget
+            plan = DraftPlan(DRAFT_LENGTH_MAX, control.window(budget), control.aim(budget))
+        if not _is_like(plan, self._last):
+            self._last = plan
         return self._last
 
-    def _is_paused(self, off_per_second: float, now: float) -> bool:
-        """Whether the drafts for this text, which may be a hard one, do not pay."""
-        if now < self._paused_until_s:
-            return True
-        if self._own_s >= ENOUGH_S[True] and self._own_tokens >= ENOUGH_TOKENS:
-            pays = _pays(self._own_tokens / self._own_s, off_per_second)
-            self._own_tokens, self._own_s = 0, 0.0
-            if not pays:
-                self._paused_until_s = now + self._pause_s
-                self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
-                return True
-            self._pause_s = PAUSE_S
-        return False
+    def _is_paused(self, now: float) -> bool:
+        """Whether the drafts for this text, which may be a hard one, do not pay. Far from the cloud
+        they lose little by little and gain much at once, so what counts is their sum."""
+        if self._loss_s > LOSS_MAX_S:
+            self._loss_s = 0.0
+            self._paused_until_s = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
+        elif self._loss_s < -LOSS_MAX_S:
+            self._loss_s, self._pause_s = -LOSS_MAX_S, PAUSE_S
+        return now < self._paused_until_s
 
     def heard(
         self, verdict: Verdict, num_tokens: int, round_trip_s: float | None, now: float
@@ -334,8 +355,7 @@ class AutoCourse:
         if verdict.compute_us and self._heard_s is not None:  # the first has the prompt's prefill
             estimates.step.add(verdict.compute_us / 1e3)
             if verdict.batch_size == 1 and not verdict.num_draft_tokens:
-                setting = self.control.setting(batch_size=1, sampled=self.sampled)
-                estimates.stepped_alone(setting, verdict.compute_us / 1e3)
+                estimates.stepped_alone(verdict.compute_us / 1e3)
         self._has_drafted |= verdict.num_draft_tokens > 0
         before, self._heard_s = self._heard_s, now
         if before is None:
@@ -355,10 +375,9 @@ class AutoCourse:
             return
         arm = Arm(self.mode.value) if self._drafts else Arm.OFF
         setting = self.control.setting(batch_size=self.batch_size, sampled=self.sampled)
-        estimates.arms(setting)[arm].add(num_tokens, seconds)
-        if self._drafts:
-            self._own_tokens += num_tokens
-            self._own_s += seconds
+        estimates.rate(setting, arm).add(num_tokens, seconds)
+        if self._drafts and (off := estimates.rate(setting, Arm.OFF)).seconds:
+            self._loss_s += seconds - num_tokens / off.per_second
         choice = self.control.choice(setting, now)
         if choice.drafts is self._drafts:
             choice.sampled(num_tokens, seconds)

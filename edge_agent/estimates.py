@@ -3,13 +3,14 @@
 `Estimates` is the edge's; all its generations feed and read it, and `as_json` / `from_json` carry
 it over a restart. Speeds are kept by *setting* (how many sessions share the cloud's batch, the
 round trip, greedy or sampled) and by *arm* (the mode that drafts, or no drafting at all), in tokens
-per second of one generation. Arms are compared by what was measured, never by a model: whatever
-slows a generation down counts, the memory that drafter and engine may share included.
+per second of one generation. Without drafts the round trip does not matter. Arms are compared by
+what was measured, never by a model: whatever slows a generation down counts, the memory that
+drafter and engine may share included.
 """
 
 import enum
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from picospec.protocol.messages import VerificationMode
@@ -22,7 +23,7 @@ RATE_MEMORY_S = 20.0  # of generation time, in an arm's rate
 STALE_RATE_S = 1.0  # what an old rate weighs when its arm is looked at anew
 FASTEST_FORGOTTEN = 0.01  # of the distance to the fastest step, with each step
 RTT_FLOOR_MS = 16.0  # round trips are told apart by their logarithm, above this
-SETTINGS_MAX = 256
+RATES_MAX = 512
 
 
 class Arm(enum.Enum):
@@ -100,8 +101,8 @@ class Estimates:
     round_trip: DecayingMean = field(default_factory=DecayingMean)  # ms
     step: DecayingMean = field(default_factory=DecayingMean)  # ms of an engine step
     acceptance: DecayingMean = field(default_factory=DecayingMean)  # of drafts looked at
-    rates: dict[Setting, dict[Arm, Rate]] = field(default_factory=dict)
-    fastest_step_ms: dict[Setting, float] = field(default_factory=dict)
+    rates: dict[tuple[Setting, Arm], Rate] = field(default_factory=dict)
+    fastest_step_ms: float | None = None  # of one session without drafts
     aged_s: float = 0.0
 
     def age(self, now: float) -> None:
@@ -126,24 +127,26 @@ class Estimates:
     def _alpha(self, prior: float, weight: float) -> float:
         return (self.acceptance.total + prior * weight) / (self.acceptance.weight + weight)
 
-    def stepped_alone(self, setting: Setting, step_ms: float) -> None:
-        """A step without drafts took so long; one that was fast is forgotten slowly."""
-        fastest_ms = self.fastest_step_ms.get(setting, step_ms)
-        if step_ms > fastest_ms:
+    def stepped_alone(self, step_ms: float) -> None:
+        """A step of one session without drafts took so long; a fast one is forgotten slowly."""
+        fastest_ms = self.fastest_step_ms
+        if fastest_ms is not None and step_ms > fastest_ms:
             step_ms = fastest_ms + FASTEST_FORGOTTEN * (step_ms - fastest_ms)
-        self.fastest_step_ms[setting] = step_ms
+        self.fastest_step_ms = step_ms
 
     def bound(self, setting: Setting) -> float:
         """Tokens per second that a generation without drafts cannot exceed: one each step."""
-        fastest_ms = self.fastest_step_ms.get(setting, 0.0)
-        return 1e3 / fastest_ms if fastest_ms else math.inf
+        if setting.batch or not self.fastest_step_ms:
+            return math.inf
+        return 1e3 / self.fastest_step_ms
 
-    def arms(self, setting: Setting) -> dict[Arm, Rate]:
-        if setting not in self.rates and len(self.rates) >= SETTINGS_MAX:
-            oldest = next(iter(self.rates))
-            del self.rates[oldest]
-            self.fastest_step_ms.pop(oldest, None)
-        return self.rates.setdefault(setting, {arm: Rate() for arm in Arm})
+    def rate(self, setting: Setting, arm: Arm) -> Rate:
+        if arm is Arm.OFF:
+            setting = replace(setting, round_trip=0)
+        key = setting, arm
+        if key not in self.rates and len(self.rates) >= RATES_MAX:
+            del self.rates[next(iter(self.rates))]
+        return self.rates.setdefault(key, Rate())
 
     def as_json(self) -> dict[str, Any]:
         """What is worth keeping over a restart."""
@@ -155,8 +158,7 @@ class Estimates:
             "alpha": self.alpha,
             "rates": [
                 [setting.batch, setting.round_trip, setting.sampled, arm.value, rate.per_second]
-                for setting, arms in self.rates.items()
-                for arm, rate in arms.items()
+                for (setting, arm), rate in self.rates.items()
                 if rate.seconds
             ],
         }
@@ -172,10 +174,10 @@ class Estimates:
                 if (value := _number(document[f"{name}_ms"])) > 0.0:
                     getattr(estimates, name).add(value, 1e-3)
             estimates.acceptance.add(min(1.0, _number(document["alpha"])), ACCEPTANCE_PRIOR_WEIGHT)
-            for batch, round_trip, sampled, arm, per_second in document["rates"][:SETTINGS_MAX]:
+            for batch, round_trip, sampled, arm, per_second in document["rates"][:RATES_MAX]:
                 setting = Setting(int(batch), int(round_trip), bool(sampled))
-                rate = Rate(_number(per_second) * STALE_RATE_S, STALE_RATE_S)
-                estimates.arms(setting)[Arm(arm)] = rate
+                rate = estimates.rate(setting, Arm(arm))
+                rate.tokens, rate.seconds = _number(per_second) * STALE_RATE_S, STALE_RATE_S
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no estimates: {type(error).__name__}: {error}") from None
         return estimates

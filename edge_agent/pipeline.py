@@ -337,7 +337,7 @@ class SpeculativeGeneration:
             self._plan = plan
             self._observer.planned(plan.draft_length, plan.window)
             self._follow_plan()
-            self._handle(SetLength(plan.draft_length, plan.window))
+            self._handle(SetLength(plan.draft_length, plan.window, plan.aim))
 
     async def _resume(self, error: CloudUnavailable | CapacityError) -> None:
         """Take the session up again on a new stream, or raise `error`."""

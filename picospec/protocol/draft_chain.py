@@ -83,6 +83,11 @@ class DraftChain:
         """Drafts that were not sent."""
         return self.end - max(self._sent_end, self.position)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether a recovered token is to go out."""
+        return self._head is not None
+
     def extend(self, token_ids: Sequence[int], laws: Sequence[Distribution] = ()) -> None:
         """`laws` has the Q of each in split mode. Raises ValueError if it has not."""
         kept = laws if self._split else (None,) * len(token_ids)

@@ -6,6 +6,7 @@ what it is told an effect (`drafting`).
 
 from dataclasses import dataclass
 
+from picospec.protocol.aim import AT_ONCE, Aim
 from picospec.protocol.drafting import DrafterCommand, DrafterEvent
 from picospec.protocol.messages import CloudFrame, EdgeFrame, FinishReason
 
@@ -24,6 +25,7 @@ class SetLength:
 
     draft_length: int
     window: int
+    aim: Aim = AT_ONCE
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,11 @@ Events and effects are in `edge_events` and `drafting`, tables and policy in `ed
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 from picospec.errors import LocalProtocolError, RemoteOrderError, RemoteProtocolError
 from picospec.protocol import validation
+from picospec.protocol.aim import AT_ONCE
 from picospec.protocol.allowance import Allowance
 from picospec.protocol.draft_chain import DraftChain
 from picospec.protocol.drafting import (
@@ -83,6 +85,7 @@ class EdgeSession:
             draft_length=max(1, min(spec.policy.draft_length, self.allowance.window)),
             fast_verify=spec.policy.fast_verify,
         )
+        self._aim = AT_ONCE
         self._spec = spec
         self._split = spec.is_split
         self._length_max = spec.length_max
@@ -153,6 +156,8 @@ class EdgeSession:
     def _set_length(self, event: SetLength, now: float) -> list[Effect]:
         self.allowance.set_window(event.window)
         self.chain.draft_length = max(1, min(event.draft_length, self.allowance.window))
+        # Of a cloud that waits for drafts none lands behind.
+        self._aim = event.aim if self._cloud_goes_on else replace(event.aim, lead=0)
         return self._advance(now)
 
     def _tick(self, now: float) -> list[Effect]:
@@ -312,13 +317,21 @@ class EdgeSession:
             effects += self.allowance.extend(self.chain)
         if self.state is EdgeState.DRAFTING and self._asked is None:
             round_is_over = self.allowance.is_used_up(self.chain)
-            effects += self._send_due(now, round_is_over=round_is_over)
+            if round_is_over or self._is_due():
+                effects += self._send_due(now, round_is_over=round_is_over)
             if self.allowance.is_exhausted and not (
                 len(self.chain) or self._awaits_first or self._cloud_goes_on
             ):
                 self._asked = (0, None)
                 effects.append(Send(self.chain.probe(1)))
         return effects
+
+    def _is_due(self) -> bool:
+        """Whether what is drafted goes out, though the drafter may go on."""
+        chain = self.chain
+        whole_rounds = not self._spec.policy.fast_verify  # the chain knows when one is full
+        at_limit = chain.end >= self.allowance.limit
+        return whole_rounds or chain.has_head or at_limit or self._aim.is_due(chain)
 
     def _send_due(self, now: float, *, round_is_over: bool) -> list[Effect]:
         frames = self.chain.frames(self._max_frame, round_is_over=round_is_over, now=now)

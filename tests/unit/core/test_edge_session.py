@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from picospec.errors import LocalProtocolError, RemoteOrderError, RemoteProtocolError
+from picospec.protocol.aim import Aim
 from picospec.protocol.draft_chain import DraftChain
 from picospec.protocol.drafting import (
     Allow,
@@ -729,6 +730,46 @@ def test_a_window_may_be_0_from_the_start() -> None:
     assert session.allowance.limit == 0
     assert session.handle(SetLength(2, 4), 0.0) == [Allow(7)]
     assert [frame.token_ids for frame in frames(drafted(session, 7))] == [(7,)]
+
+
+def test_drafts_that_would_land_behind_the_cloud_wait_for_those_that_do_not() -> None:
+    session = started(mode=COUPLED, assist=AssistPolicy.AUTO, window=8)
+    session.handle(SetLength(4, 8, Aim(lead=2)), 0.0)
+    assert frames(drafted(session, 7)) == frames(drafted(session, 8)) == []
+    assert [frame.token_ids for frame in frames(drafted(session, 9))] == [(7, 8, 9)]
+    # The cloud has gone on by itself; the same lead counts from there.
+    session.handle(make_verdict(position=3, token_ids=(7, 8)), 0.0)
+    assert not frames(drafted(session, 10))
+    assert frames(drafted(session, 11))[0].token_ids == (10, 11)
+
+
+def test_a_cloud_that_waits_is_never_ahead() -> None:
+    session = started(mode=COUPLED, assist=AssistPolicy.IDLE, window=8)
+    session.handle(SetLength(4, 8, Aim(lead=2)), 0.0)
+    assert frames(drafted(session, 7))
+
+
+def test_drafts_far_ahead_travel_together() -> None:
+    session = started(mode=COUPLED, assist=AssistPolicy.AUTO, window=8)
+    session.handle(SetLength(4, 8, Aim(reach=2, bundle=3)), 0.0)
+    assert [len(frames(drafted(session, token_id))) for token_id in range(7, 14)] == [
+        *(1, 1),  # the cloud's next step needs them
+        *(0, 0, 1),
+        *(0, 0),
+    ]
+    [frame] = frames(session.handle(make_verdict(position=3, num_accepted=5), 0.0))
+    assert frame.token_ids == (12, 13)  # now it does
+    [last] = frames(drafted(session, *range(14, 20)))  # and what the window ends is sent
+    assert last.token_ids == tuple(range(14, 20))
+
+
+@pytest.mark.parametrize("stopped", [Paused, Exhausted])
+def test_a_drafter_that_stops_leaves_nothing_behind(stopped: type[Paused | Exhausted]) -> None:
+    session = started(mode=COUPLED, assist=AssistPolicy.AUTO, window=8)
+    session.handle(SetLength(4, 8, Aim(lead=5)), 0.0)
+    assert not frames(drafted(session, 7, 8))
+    [frame] = frames(session.handle(stopped(session.branch, session.chain.end), 0.0))
+    assert frame.token_ids == (7, 8)
 
 
 def test_lengths_beyond_the_clouds_limits_are_capped() -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from edge_agent.control import AutoControl, AutoCourse, FixedControl
-from edge_agent.estimates import Arm, Estimates, Rate, Setting
+from edge_agent.estimates import Arm, Estimates, Setting
 from picospec.protocol.edge_machine import SpeculationPolicy
 from picospec.protocol.messages import SamplingParams, VerificationMode
 from tests.support.builders import COUPLED, GREEDY, SPLIT, make_verdict
@@ -143,8 +143,9 @@ def test_texts_that_must_be_a_function_of_their_seed_are_coupled(
 @pytest.mark.parametrize(("split", "coupled"), [(60.0, 50.0), (50.0, 60.0)])
 def test_a_sampled_generation_goes_in_the_faster_mode(split: float, coupled: float) -> None:
     estimates = Estimates()
-    arms = estimates.arms(Setting.of(batch_size=1, round_trip_ms=0.0, sampled=True))
-    arms[Arm.SPLIT], arms[Arm.COUPLED] = Rate(2 * split, 2.0), Rate(2 * coupled, 2.0)
+    setting = Setting.of(batch_size=1, round_trip_ms=0.0, sampled=True)
+    for arm, per_second in ((Arm.SPLIT, split), (Arm.COUPLED, coupled)):
+        estimates.rate(setting, arm).add(int(2 * per_second), 2.0)
     control = AutoControl(estimates, MODES)
     modes = [control.begin(WARM, seeded=False, now=0.0).mode for _ in range(100)]
     faster = SPLIT if split > coupled else COUPLED
@@ -225,3 +226,24 @@ def test_drafting_is_judged_by_its_drafts_not_by_the_wait_for_the_first() -> Non
         edge.now += STEP_S
         edge.verdict(course, 1)
     assert edge.chat(10.0, course) > 0.7
+
+
+def test_another_round_trip_does_not_make_the_cloud_alone_unknown() -> None:
+    edge = Edge(on=58.0, off=50.0)  # too little above a token for each step to be clear
+    edge.chat(20.0)
+    edge.rtt_s = 0.2
+    assert edge.chat(5.0) == pytest.approx(1.0)
+
+
+def test_drafts_that_gain_in_bursts_go_on() -> None:
+    """A slow link: seconds at a little less than the cloud alone, then many tokens at once."""
+    edge = Edge(on=60.0, off=50.0)
+    edge.chat(20.0)
+    course = edge.control.begin(GREEDY, seeded=False, now=edge.now)
+    drafting = 0.0
+    for _ in range(10):
+        edge.on = 46.0
+        drafting += 1.5 * edge.chat(1.5, course)
+        edge.on = 100.0
+        drafting += 0.5 * edge.chat(0.5, course)
+    assert drafting > 0.95 * 20.0

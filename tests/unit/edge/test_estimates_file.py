@@ -24,7 +24,7 @@ NOTHING = Estimates().as_json()
 def learnt(step_ms: float = 21.0) -> Estimates:
     estimates = Estimates()
     estimates.step.add(step_ms)
-    estimates.arms(Setting(0, 5, sampled=False))[Arm.OFF].add(50, 1.0)
+    estimates.rate(Setting(0, 5, sampled=False), Arm.OFF).add(50, 1.0)
     return estimates
 
 
