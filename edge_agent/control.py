@@ -47,6 +47,7 @@ LOSS_MAX_S = 0.15  # that one generation's drafts may cost in a row, in time wit
 PAUSE_S, PAUSE_MAX_S = 2.0, 16.0  # they pause; doubles
 CROWD = 3  # log2 of a batch in which other sessions' rows bring as much as drafts
 CROWD_PAUSE_S = 2.0  # until drafts are tried there
+LOAD_MEMORY_S = 30.0
 OTHER_MODE_EVERY = 12  # generations, while the other mode is not far behind
 FAR_BEHIND = 0.85
 
@@ -195,6 +196,13 @@ def _pays(on_per_second: float, off_per_second: float) -> bool:
     return on_per_second > (1.0 + GAIN_MIN) * off_per_second
 
 
+@dataclass(frozen=True, slots=True)
+class CloudLoad:
+    batch_size: int = 1
+    draft_budget: int = DRAFT_LENGTH_MAX
+    heard_s: float = -math.inf
+
+
 class AutoControl:
     """Goes by what is measured."""
 
@@ -210,9 +218,9 @@ class AutoControl:
         self._choices: dict[Setting, Choice] = {}
         self._num_begun = 0
         self.num_running = 0  # generations, which share the drafter
+        self._load = CloudLoad()
 
     def begin(self, sampling: SamplingParams, *, seeded: bool, now: float) -> "AutoCourse":
-        del now
         sampled = sampling.temperature >= GREEDY_TEMPERATURE
         self._num_begun += 1
         self.num_running += 1
@@ -221,8 +229,16 @@ class AutoControl:
             mode = self._modes[0]
         elif sampled and not seeded and VerificationMode.SPLIT in self._modes:
             mode = self._faster_mode()
-        # Until a verdict tells: the edge's own generations share the cloud's batch, at least.
-        return AutoCourse(self, mode, sampled=sampled, batch_size=self.num_running)
+        load = self._load if now - self._load.heard_s < LOAD_MEMORY_S else CloudLoad()
+        # The edge's own generations share the cloud's batch, at least.
+        batch_size = max(self.num_running, load.batch_size)
+        return AutoCourse(
+            self, mode, sampled=sampled, batch_size=batch_size, draft_budget=load.draft_budget
+        )
+
+    def loaded(self, batch_size: int, draft_budget: int, now: float) -> None:
+        """How busy the cloud is, as a verdict tells: that of the next generation's first steps."""
+        self._load = CloudLoad(batch_size, draft_budget, now)
 
     def drafted(self, num_tokens: int, seconds: float) -> None:
         if num_tokens > 0:
@@ -352,6 +368,7 @@ class AutoCourse:
             estimates.acceptance.add(0.0)
         if verdict.batch_size:
             self.batch_size, self.draft_budget = verdict.batch_size, verdict.draft_budget
+            self.control.loaded(verdict.batch_size, verdict.draft_budget, now)
         if verdict.compute_us and self._heard_s is not None:  # the first has the prompt's prefill
             estimates.step.add(verdict.compute_us / 1e3)
             if verdict.batch_size == 1 and not verdict.num_draft_tokens:

@@ -208,9 +208,13 @@ class SpeculativeGeneration:
             policy=policy,
         )
         self._session = EdgeSession(spec)
+        self._handle(self._lengths())
         self._follow_plan()
         self._observer.generation_started()
         self._task = asyncio.create_task(self._run(), name="generation")
+
+    def _lengths(self) -> SetLength:
+        return SetLength(self._plan.draft_length, self._plan.window, self._plan.aim)
 
     # -- the drafter and the clock ---------------------------------------------------------------
 
@@ -337,7 +341,7 @@ class SpeculativeGeneration:
             self._plan = plan
             self._observer.planned(plan.draft_length, plan.window)
             self._follow_plan()
-            self._handle(SetLength(plan.draft_length, plan.window, plan.aim))
+            self._handle(self._lengths())
 
     async def _resume(self, error: CloudUnavailable | CapacityError) -> None:
         """Take the session up again on a new stream, or raise `error`."""

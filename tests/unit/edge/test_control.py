@@ -247,3 +247,12 @@ def test_drafts_that_gain_in_bursts_go_on() -> None:
         edge.on = 100.0
         drafting += 0.5 * edge.chat(0.5, course)
     assert drafting > 0.95 * 20.0
+
+
+def test_a_generation_begins_with_the_load_that_the_last_one_has_seen() -> None:
+    edge = Edge(on=80.0, off=50.0)
+    edge.budget = 0
+    edge.chat(2.0)
+    assert edge.control.begin(GREEDY, seeded=False, now=edge.now).plan(edge.now).window == 0
+    edge.now += 60.0  # the crowd may be gone
+    assert edge.control.begin(GREEDY, seeded=False, now=edge.now).plan(edge.now).window > 0
