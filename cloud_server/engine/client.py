@@ -26,6 +26,8 @@ from cloud_server.engine.reports import ReportReceiver
 from picospec.errors import CloudUnavailable, ConfigError, PicoSpecError
 from picospec.protocol.messages import Draft, ModelCard, Open, Verdict
 
+# Drafts are with the engine so long before its step is expected to end, as a share of the step.
+DELIVERY_MARGIN = 0.2
 VERDICT_LAG_S = 5.0  # between vLLM's word that a request has ended and our verdict on it
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,9 @@ class VLLMEngine:
         self._reports: ReportReceiver | None = None
         self._pump: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None  # to wake the engine
-        self._deliveries: list[Delivery] = []  # of this turn of the event loop
+        self._deliveries: list[Delivery] = []
+        self._deliver_s = 0.0  # when the engine is to have them; it is in a step until then
+        self._delivery: asyncio.TimerHandle | None = None
         self._sending: asyncio.Task[None] | None = None
         self._dead = False
 
@@ -110,15 +114,31 @@ class VLLMEngine:
         if session_key not in self._sinks:
             return
         self._deliveries.append(Delivery(session_key, draft, arrived_s))
+        self._plan_delivery()
+
+    def _plan_delivery(self) -> None:
+        """One message for the drafts of all sessions that came during a step.
+
+        A message costs the engine several times what a draft in it does, and wakes it on the cores
+        that compute its step. An Open is sent at once, so it is always ahead of its session's
+        drafts.
+        """
+        if self._delivery is not None:
+            self._delivery.cancel()
+            self._delivery = None
+        if not self._deliveries:
+            return
+        delay_s = self._deliver_s - time.monotonic()
+        if delay_s > 0.0:
+            self._delivery = asyncio.get_running_loop().call_later(delay_s, self._start_sending)
+        else:
+            self._start_sending()
+
+    def _start_sending(self) -> None:
         if self._sending is None or self._sending.done():
             self._sending = asyncio.create_task(self._send_deliveries(), name="deliveries")
 
     async def _send_deliveries(self) -> None:
-        """One message for the drafts of all sessions that came in the same turn of the loop.
-
-        A message costs the engine several times what a draft in it does. An Open is sent at once,
-        so it is always ahead of its session's drafts.
-        """
         while self._deliveries and self._client is not None:
             deliveries, self._deliveries = self._deliveries, []
             await self._tell(deliveries)
@@ -163,6 +183,8 @@ class VLLMEngine:
 
     async def shutdown(self) -> None:
         self._set_alarm(0.0)
+        self._deliveries.clear()
+        self._plan_delivery()
         if self._pump is not None:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
@@ -201,6 +223,9 @@ class VLLMEngine:
     def _dispatch(self, report: EngineReport) -> None:
         self._stats = report.stats
         self._set_alarm(report.wake_s)
+        step_s = max(0.0, report.step_ends_s - time.monotonic())
+        self._deliver_s = report.step_ends_s - DELIVERY_MARGIN * step_s
+        self._plan_delivery()
         for session_key, events in report.events.items():
             sink = self._sinks.get(session_key)
             if sink is None:

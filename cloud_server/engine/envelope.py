@@ -63,6 +63,7 @@ class EngineReport:
     events: Mapping[str, Sequence[EngineEvent]]  # by session key
     stats: EngineStats
     wake_s: float = 0.0  # when to send a Wake (time.monotonic); 0: not at all
+    step_ends_s: float = 0.0  # when the step that follows is expected to end; 0: nobody knows
 
 
 def wrap(value: Open | Sequence[Delivery] | Wake) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class VerificationScheduler(Scheduler):
         self._wait = DraftWait()
         self._tempo = Tempo()
         self._step_started_s = self._step_ended_s = 0.0
+        self._next_end_s = 0.0  # as in EngineReport.step_ends_s
         self._batch_size = 1  # sessions in the last step
         self._occasion = Occasion(engine_idle=True, awaits_drafts=False)  # of the last step
         self._totals: Counter[str] = Counter()
@@ -170,7 +171,8 @@ class VerificationScheduler(Scheduler):
     def _report(self) -> None:
         """Send what has happened, and when to wake the engine."""
         events, self._events = self._events, {}
-        self._reports.send(EngineReport(events, self._stats(), self._wait.until_s))
+        stats, wake_s = self._stats(), self._wait.until_s
+        self._reports.send(EngineReport(events, stats, wake_s, self._next_end_s))
 
     def _fail(self, session: EngineSession, error: NumericalError) -> None:
         self.finish_requests(session.request.request_id, RequestStatus.FINISHED_ERROR)
@@ -367,6 +369,10 @@ class VerificationScheduler(Scheduler):
             num_tokens = sum(len(output.new_token_ids) for output in emitted.values())
             self._account(scheduler_output, outcome, 0 if was_prefill else num_tokens)
         self._plan_wait()
+        self._next_end_s = 0.0
+        if not was_prefill and self.has_unfinished_requests():
+            num_rows = scheduler_output.total_num_scheduled_tokens
+            self._next_end_s = time.monotonic() + self._planner.costs.seconds(num_rows)
         self._report()
         # vLLM's own outputs tell the gRPC process of nothing but ends that nobody else reports.
         return {
