@@ -30,7 +30,9 @@ DRAFT_LENGTH_MAX = 16  # the cloud's budget says how many a step takes
 WINDOW_MAX = 64
 WINDOW_MIN = 2
 SLACK = 1.5  # of the window over what steady times need: times are not steady
-LEAD_SHARE = 0.8  # of the tokens that the cloud makes in a round trip: a draft must not come late
+# Drafts must not come late: of what the cloud makes in a round trip, and of the time to a step.
+LEAD_SHARE, EARLY_SHARE = 0.8, 0.85
+TOGETHER = 3  # sessions in a batch that does not wait for the drafts of one of them
 HOPE_MIN = 0.05  # drafts less likely to be reached are not made
 
 GAIN_MIN = 0.02  # drafting must bring this much more
@@ -182,14 +184,13 @@ def _is_known(rate: Rate, *, drafts: bool) -> bool:
 
 def _is_like(plan: DraftPlan, other: DraftPlan) -> bool:
     """Whether the difference is not worth a change."""
-    if bool(plan.window) is not bool(other.window) or plan.aim.bundle != other.aim.bundle:
+    if bool(plan.window) is not bool(other.window):
         return False
-    changes = (
-        plan.window - other.window,
-        plan.aim.lead - other.aim.lead,
-        plan.aim.reach - other.aim.reach,
+    tokens = max(abs(plan.window - other.window), abs(plan.aim.lead - other.aim.lead))
+    seconds = max(
+        abs(plan.aim.period_s - other.aim.period_s), abs(plan.aim.offset_s - other.aim.offset_s)
     )
-    return all(abs(change) <= 1 for change in changes)
+    return tokens <= 1 and seconds <= 0.002
 
 
 def _pays(on_per_second: float, off_per_second: float) -> bool:
@@ -272,12 +273,15 @@ class AutoControl:
             window = min(window, math.ceil(math.log(HOPE_MIN) / math.log(alpha)))
         return min(max(window, WINDOW_MIN), WINDOW_MAX)
 
-    def aim(self, draft_budget: int) -> Aim:
-        """By what the cloud does in a round trip: a token a step at least, with all drafts at
-        most."""
-        steps = self.estimates.round_trip.mean() / self.estimates.step.mean(20.0)
-        reach = math.ceil((1.0 + steps) * (1 + draft_budget))
-        return Aim(int(LEAD_SHARE * steps), reach, max(1, draft_budget))
+    def aim(self, batch_size: int) -> Aim:
+        """By what the cloud does in a round trip: a token a step at least. Where few share a batch
+        it may wait for drafts, which then go out at once."""
+        step_s = 1e-3 * self.estimates.step.mean(20.0)
+        round_trip_s = 1e-3 * self.estimates.round_trip.mean()
+        lead = int(LEAD_SHARE * round_trip_s / step_s)
+        if batch_size < TOGETHER:
+            return Aim(lead)
+        return Aim(lead, step_s, (EARLY_SHARE * step_s - round_trip_s) % step_s)
 
     @property
     def has_hope(self) -> bool:
@@ -339,8 +343,8 @@ class AutoCourse:
             self._drafts, self._drafts_since_s, self._has_drafted = drafts, now, False
         plan = DraftPlan(DRAFT_LENGTH_MAX, 0)
         if drafts:
-            budget = self.draft_budget
-            plan = DraftPlan(DRAFT_LENGTH_MAX, control.window(budget), control.aim(budget))
+            window, aim = control.window(self.draft_budget), control.aim(self.batch_size)
+            plan = DraftPlan(DRAFT_LENGTH_MAX, window, aim)
         if not _is_like(plan, self._last):
             self._last = plan
         return self._last

@@ -27,7 +27,7 @@ from picospec.errors import CloudUnavailable, ConfigError, PicoSpecError
 from picospec.protocol.messages import Draft, ModelCard, Open, Verdict
 
 # Drafts are with the engine so long before its step is expected to end, as a share of the step.
-DELIVERY_MARGIN = 0.2
+DELIVERY_MARGIN = 0.1
 VERDICT_LAG_S = 5.0  # between vLLM's word that a request has ended and our verdict on it
 
 logger = logging.getLogger(__name__)

@@ -369,10 +369,9 @@ class VerificationScheduler(Scheduler):
             num_tokens = sum(len(output.new_token_ids) for output in emitted.values())
             self._account(scheduler_output, outcome, 0 if was_prefill else num_tokens)
         self._plan_wait()
-        self._next_end_s = 0.0
+        now, self._next_end_s = time.monotonic(), 0.0
         if not was_prefill and self.has_unfinished_requests():
-            num_rows = scheduler_output.total_num_scheduled_tokens
-            self._next_end_s = time.monotonic() + self._planner.costs.seconds(num_rows)
+            self._next_end_s = now + (now - self._step_started_s)  # as long as the last one took
         self._report()
         # vLLM's own outputs tell the gRPC process of nothing but ends that nobody else reports.
         return {

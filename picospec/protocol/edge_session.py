@@ -86,6 +86,8 @@ class EdgeSession:
             fast_verify=spec.policy.fast_verify,
         )
         self._aim = AT_ONCE
+        self._heard_s: float | None = None  # the stream's last verdict
+        self._departs_s: float | None = None  # when what is drafted goes out
         self._spec = spec
         self._split = spec.is_split
         self._length_max = spec.length_max
@@ -113,7 +115,10 @@ class EdgeSession:
 
     @property
     def deadline(self) -> float | None:
-        """When Tick is due: a round that takes too long then goes out as it is."""
+        """When Tick is due: what is drafted then goes out, or a round that takes too long, as it
+        is."""
+        if self._departs_s is not None:
+            return self._departs_s
         waits_since_s, timeout_s = self.chain.waits_since_s, self._spec.policy.round_timeout_s
         if waits_since_s is None or not timeout_s or self.state is not EdgeState.DRAFTING:
             return None
@@ -158,12 +163,15 @@ class EdgeSession:
         self.chain.draft_length = max(1, min(event.draft_length, self.allowance.window))
         # Of a cloud that waits for drafts none lands behind.
         self._aim = event.aim if self._cloud_goes_on else replace(event.aim, lead=0)
+        self._departs_s = None
         return self._advance(now)
 
     def _tick(self, now: float) -> list[Effect]:
         deadline = self.deadline
         if deadline is None or now < deadline or self._asked is not None:
             return []
+        if self._departs_s is not None:
+            return self._advance(now)
         return self._send_due(now, round_is_over=True)
 
     def _link_lost(self) -> list[Effect]:
@@ -172,6 +180,7 @@ class EdgeSession:
         if self.state is EdgeState.OFFLINE:
             self._asked = None
         self.chain.new_stream()
+        self._heard_s = self._departs_s = None
         self._opened = False
         self._awaits_first = True
         return []
@@ -246,6 +255,7 @@ class EdgeSession:
             return []
         self._check_verdict(verdict)
         self.round_trip_s = self.chain.round_trip(verdict, now)
+        self._heard_s, self._departs_s = now, None
         reason = verdict.finish_reason
         if reason is not None:
             self._move(EventKind.FINISH)
@@ -317,7 +327,7 @@ class EdgeSession:
             effects += self.allowance.extend(self.chain)
         if self.state is EdgeState.DRAFTING and self._asked is None:
             round_is_over = self.allowance.is_used_up(self.chain)
-            if round_is_over or self._is_due():
+            if self._is_due(now, round_is_over=round_is_over):
                 effects += self._send_due(now, round_is_over=round_is_over)
             if self.allowance.is_exhausted and not (
                 len(self.chain) or self._awaits_first or self._cloud_goes_on
@@ -326,14 +336,21 @@ class EdgeSession:
                 effects.append(Send(self.chain.probe(1)))
         return effects
 
-    def _is_due(self) -> bool:
-        """Whether what is drafted goes out, though the drafter may go on."""
+    def _is_due(self, now: float, *, round_is_over: bool) -> bool:
+        """Whether what is drafted goes out now; if not, `deadline` says when, if it is known."""
         chain = self.chain
-        whole_rounds = not self._spec.policy.fast_verify  # the chain knows when one is full
-        at_limit = chain.end >= self.allowance.limit
-        return whole_rounds or chain.has_head or at_limit or self._aim.is_due(chain)
+        if not self._spec.policy.fast_verify or chain.has_head:
+            return True  # whole rounds: the chain knows when one is full
+        is_last = round_is_over or chain.end >= self.allowance.limit
+        if not chain.unsent or not (is_last or self._aim.is_reached(chain)):
+            self._departs_s = None
+            return False
+        if self._departs_s is None:
+            self._departs_s = self._aim.departs_s(self._heard_s, now)
+        return now >= self._departs_s
 
     def _send_due(self, now: float, *, round_is_over: bool) -> list[Effect]:
+        self._departs_s = None
         frames = self.chain.frames(self._max_frame, round_is_over=round_is_over, now=now)
         return [Send(frame) for frame in frames]
 
@@ -346,6 +363,7 @@ class EdgeSession:
     def _branch_off(self, judged_end: int) -> None:
         """Give up the chain, of which the drafts before `judged_end` were judged."""
         self.stale_tokens += self.chain.branch_off(judged_end)
+        self._departs_s = None
         self.branch += 1
         self.allowance.branch_off()
 

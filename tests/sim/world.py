@@ -396,11 +396,8 @@ class World:
             assist = self.scenario.policy.assist
             stops = [0] if assist in (AssistPolicy.ALWAYS, AssistPolicy.AUTO) else []
             length, window = self.rng.choice([1, 2, 5]), self.rng.choice([*stops, 1, 5, 20])
-            aim = Aim(
-                lead=self.rng.choice([0, 3]),
-                reach=self.rng.choice([1, 4, 64]),
-                bundle=self.rng.choice([1, 3]),
-            )
+            period_s, offset_s = self.rng.choice([0.0, 0.02]), 0.02 * self.rng.random()
+            aim = Aim(self.rng.choice([0, 3]), period_s, offset_s)
             self._tell(SetLength(length, window, aim))
         self._maybe_lose_in_recovery(isinstance(frame, Verdict) and frame.rejection is not None)
 

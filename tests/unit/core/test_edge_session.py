@@ -749,18 +749,22 @@ def test_a_cloud_that_waits_is_never_ahead() -> None:
     assert frames(drafted(session, 7))
 
 
-def test_drafts_far_ahead_travel_together() -> None:
+def test_in_a_batch_drafts_wait_for_each_other_until_the_last_moment() -> None:
     session = started(mode=COUPLED, assist=AssistPolicy.AUTO, window=8)
-    session.handle(SetLength(4, 8, Aim(reach=2, bundle=3)), 0.0)
-    assert [len(frames(drafted(session, token_id))) for token_id in range(7, 14)] == [
-        *(1, 1),  # the cloud's next step needs them
-        *(0, 0, 1),
-        *(0, 0),
-    ]
-    [frame] = frames(session.handle(make_verdict(position=3, num_accepted=5), 0.0))
-    assert frame.token_ids == (12, 13)  # now it does
-    [last] = frames(drafted(session, *range(14, 20)))  # and what the window ends is sent
-    assert last.token_ids == tuple(range(14, 20))
+    session.handle(SetLength(4, 8, Aim(period_s=0.04, offset_s=0.03)), 1.0)
+    assert not frames(drafted(session, 7, now=1.0))
+    assert session.deadline == pytest.approx(1.03)  # steps begin with the verdict at 0.0
+    session.handle(make_verdict(position=3, token_ids=(7,)), 1.02)
+    assert session.deadline is None
+    assert not frames(drafted(session, 8, now=1.03)) + frames(drafted(session, 9, now=1.04))
+    assert session.deadline == pytest.approx(1.05)
+    assert not frames(session.handle(Tick(), 1.045))
+    [frame] = frames(session.handle(Tick(), 1.0501))
+    assert frame.token_ids == (8, 9)
+    drafted(session, 10, now=1.06)
+    assert session.deadline == pytest.approx(1.09)  # that step has begun: with the next one
+    session.handle(make_verdict(position=4, num_accepted=1, token_ids=(5,)), 1.07)
+    assert session.deadline is None  # the chain is dead
 
 
 @pytest.mark.parametrize("stopped", [Paused, Exhausted])
