@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from edge_agent.estimates import Arm, Estimates, Rate, Setting
-from picospec.protocol.aim import AT_ONCE, Aim
 from picospec.protocol.edge_machine import SpeculationPolicy
 from picospec.protocol.messages import SamplingParams, Verdict, VerificationMode
 from picospec.sampling.distribution import GREEDY_TEMPERATURE
@@ -30,9 +29,7 @@ DRAFT_LENGTH_MAX = 16  # the cloud's budget says how many a step takes
 WINDOW_MAX = 64
 WINDOW_MIN = 2
 SLACK = 1.5  # of the window over what steady times need: times are not steady
-# Drafts must not come late: of what the cloud makes in a round trip, and of the time to a step.
-LEAD_SHARE, EARLY_SHARE = 0.8, 0.85
-TOGETHER = 3  # sessions in a batch that does not wait for the drafts of one of them
+LEAD_SHARE = 0.8  # of what the cloud decodes in a round trip: a draft must not come late
 HOPE_MIN = 0.05  # drafts less likely to be reached are not made
 
 GAIN_MIN = 0.02  # drafting must bring this much more
@@ -60,7 +57,7 @@ class DraftPlan:
 
     draft_length: int  # a round, or most drafts that an engine step takes
     window: int  # most unverified tokens; 0: the drafter stops
-    aim: Aim = AT_ONCE
+    lead: int = 0  # as in SetLength
 
 
 class Course(Protocol):
@@ -186,11 +183,7 @@ def _is_like(plan: DraftPlan, other: DraftPlan) -> bool:
     """Whether the difference is not worth a change."""
     if bool(plan.window) is not bool(other.window):
         return False
-    tokens = max(abs(plan.window - other.window), abs(plan.aim.lead - other.aim.lead))
-    seconds = max(
-        abs(plan.aim.period_s - other.aim.period_s), abs(plan.aim.offset_s - other.aim.offset_s)
-    )
-    return tokens <= 1 and seconds <= 0.002
+    return max(abs(plan.window - other.window), abs(plan.lead - other.lead)) <= 1
 
 
 def _pays(on_per_second: float, off_per_second: float) -> bool:
@@ -273,15 +266,11 @@ class AutoControl:
             window = min(window, math.ceil(math.log(HOPE_MIN) / math.log(alpha)))
         return min(max(window, WINDOW_MIN), WINDOW_MAX)
 
-    def aim(self, batch_size: int) -> Aim:
-        """By what the cloud does in a round trip: a token a step at least. Where few share a batch
-        it may wait for drafts, which then go out at once."""
-        step_s = 1e-3 * self.estimates.step.mean(20.0)
-        round_trip_s = 1e-3 * self.estimates.round_trip.mean()
-        lead = int(LEAD_SHARE * round_trip_s / step_s)
-        if batch_size < TOGETHER:
-            return Aim(lead)
-        return Aim(lead, step_s, (EARLY_SHARE * step_s - round_trip_s) % step_s)
+    @property
+    def lead(self) -> int:
+        """Tokens that the cloud decodes by itself in a round trip, at least."""
+        steps = self.estimates.round_trip.mean() / self.estimates.step.mean(20.0)
+        return int(LEAD_SHARE * steps)
 
     @property
     def has_hope(self) -> bool:
@@ -343,8 +332,7 @@ class AutoCourse:
             self._drafts, self._drafts_since_s, self._has_drafted = drafts, now, False
         plan = DraftPlan(DRAFT_LENGTH_MAX, 0)
         if drafts:
-            window, aim = control.window(self.draft_budget), control.aim(self.batch_size)
-            plan = DraftPlan(DRAFT_LENGTH_MAX, window, aim)
+            plan = DraftPlan(DRAFT_LENGTH_MAX, control.window(self.draft_budget), control.lead)
         if not _is_like(plan, self._last):
             self._last = plan
         return self._last

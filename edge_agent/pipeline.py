@@ -214,7 +214,7 @@ class SpeculativeGeneration:
         self._task = asyncio.create_task(self._run(), name="generation")
 
     def _lengths(self) -> SetLength:
-        return SetLength(self._plan.draft_length, self._plan.window, self._plan.aim)
+        return SetLength(self._plan.draft_length, self._plan.window, self._plan.lead)
 
     # -- the drafter and the clock ---------------------------------------------------------------
 

@@ -106,6 +106,9 @@ ALPHAS = (0.7, 0.9)
 REPLAY_TOKEN_MS = 10.0  # between int4's pace and int8's on the machines measured so far
 PROMPTS = (30, 1000, 4000)
 USUAL_RTT_MS = 20.0
+# Of each of many chats: long beside their prompts, which the cloud prefills one after the other, and
+# beside the end, when only the slowest are left.
+CROWD_TOKENS = 128
 FEW = 4  # edges, of which each should gain
 CHANGE_TOKENS = 1500  # more than any side makes while it is looked at
 
@@ -131,12 +134,12 @@ def grid(*, quick: bool = False) -> tuple[Group, ...]:
         for rtt_ms in ((20.0, 200.0) if quick else RTTS_MS)
     )
     chats = (
-        Group(Load(Kind.CHATS, USUAL_RTT_MS, chats=each), models)
+        Group(Load(Kind.CHATS, USUAL_RTT_MS, max_tokens=CROWD_TOKENS, chats=each), models)
         for each in ((4, 16) if quick else CHATS)
     )
     fleet = (
         Group(
-            Load(Kind.FLEET, rtt_ms, chats=each),
+            Load(Kind.FLEET, rtt_ms, max_tokens=CROWD_TOKENS, chats=each),
             (Contender("replay", alpha=alpha, token_ms=REPLAY_TOKEN_MS),),
             wanted=1.3 if alpha >= 0.9 and each <= FEW else 1.0,
         )

@@ -29,7 +29,8 @@ SETTINGS = {
 }
 TURNS_SHARE = 0.25  # of the time, for the second bed
 STOCK_TIMEOUT_S = 300.0
-LEARNING_TOKENS = 192  # that an edge gets to know a link by
+LEARNING_TOKENS = 192  # that an edge gets to know a link by, ...
+LEARNING_CROWD_TOKENS = 64  # ... or a number of chats
 LEARNING_REPETITION = 7  # its prompts are not those of the first repetitions
 SLOWNESS_MAX = 4.0  # a contender that takes so many times stock vLLM's time has failed ...
 PATIENCE_S = 20.0  # ... and so many seconds
@@ -87,7 +88,7 @@ class Floor:
         self._links = Links(bed)
         self._stock = StockSource(bed)
         self._edges: dict[tuple[int, Contender], EdgeSource] = {}  # by how many there are
-        self._known: set[tuple[float, bool, Contender]] = set()  # links that an edge has been on
+        self._known: set[tuple[Load, Contender]] = set()  # what an edge has been through
         self._cells: dict[tuple[Group, Contender, str], Cell] = {}
 
     async def run(self, groups: Sequence[Group], until_s: float) -> list[Cell]:
@@ -119,9 +120,11 @@ class Floor:
                 stock_s = time.monotonic() - started_s
                 continue
             source = self._edge(load, contender)
+            patience_s = min(STOCK_TIMEOUT_S, PATIENCE_S + SLOWNESS_MAX * stock_s)
             if contender.drafter == "replay":
                 source.learn(tasks, stock[0].texts)
-            patience_s = min(STOCK_TIMEOUT_S, PATIENCE_S + SLOWNESS_MAX * stock_s)
+                if repetition == 0:
+                    await self._attempt(load, contender, source, tasks, patience_s)
             ours[contender] = await self._attempt(load, contender, source, tasks, patience_s)
         for contender, outcome in ours.items():
             self._note(group, contender, tasks, stock, outcome)
@@ -146,16 +149,23 @@ class Floor:
             return error
 
     async def _introduce(self, group: Group, contender: Contender) -> None:
-        """One chat that nobody counts, on a link that the edge has not been on."""
-        load = group.load
-        link = (load.rtt_ms, load.temperature > 0.0, contender)
-        if link in self._known or not contender.is_default or contender.drafter == "replay":
-            return
-        self._known.add(link)
-        chat = Load(Kind.SINGLE, load.rtt_ms, load.temperature, LEARNING_TOKENS)
-        tasks = self._loads.tasks(Group(chat, ()), LEARNING_REPETITION)
-        source = self._edge(chat, contender)
-        await self._attempt(chat, contender, source, tasks, STOCK_TIMEOUT_S)
+        """Chats that nobody counts, on a link or of a number that the edge has not met: an edge
+        keeps what it has learnt, over restarts, too."""
+        chats = group.load.chats
+        load = Load(
+            Kind.CHATS if chats > 1 else Kind.SINGLE,
+            group.load.rtt_ms,
+            1.0 if group.load.temperature else 0.0,
+            LEARNING_CROWD_TOKENS if chats > 1 else LEARNING_TOKENS,
+            chats=chats,
+        )
+        met = (load, contender)
+        if met in self._known or not contender.is_default or contender.drafter == "replay":
+            return  # a fleet replays texts that stock vLLM has to make first
+        self._known.add(met)
+        tasks = self._loads.tasks(Group(load, ()), LEARNING_REPETITION)
+        source = self._edge(load, contender)
+        await self._attempt(load, contender, source, tasks, STOCK_TIMEOUT_S)
 
     def _edge(self, load: Load, contender: Contender) -> EdgeSource:
         """An edge that all groups share, as a box in a house does; or the edges of a fleet."""

@@ -14,8 +14,8 @@ REPEATS = 5
 REFINEMENT = 0.05  # of a step in the scale of all
 SCALE_STEP_MAX = 2.0  # a step this much slower than expected tells of something else
 # What a draft costs beside its row in the forward, where the gRPC process has the engine's cores: a
-# frame takes 0.3 ms there and 0.1 ms in the engine, and half of all drafts are never judged.
-HANDLING_S = 0.0008
+# frame takes 0.15 ms there, and more than half of all drafts are never judged.
+HANDLING_S = 0.0004
 UNKNOWN: Mapping[int, float] = {1: 0.02, 64: 0.03}  # until the worker has told
 
 

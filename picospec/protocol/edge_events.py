@@ -6,7 +6,6 @@ what it is told an effect (`drafting`).
 
 from dataclasses import dataclass
 
-from picospec.protocol.aim import AT_ONCE, Aim
 from picospec.protocol.drafting import DrafterCommand, DrafterEvent
 from picospec.protocol.messages import CloudFrame, EdgeFrame, FinishReason
 
@@ -21,11 +20,16 @@ class Start:
 @dataclass(frozen=True, slots=True)
 class SetLength:
     """Speculate with these lengths from now on; the cloud's limits cap them. A window of 0 stops
-    the drafter: the cloud goes on alone."""
+    the drafter: the cloud goes on alone.
+
+    `lead`: tokens that the cloud decodes alone while a verdict and a frame travel. A chain that
+    ends within them lands behind the cloud, so it waits for its next drafts: one frame then carries
+    all.
+    """
 
     draft_length: int
     window: int
-    aim: Aim = AT_ONCE
+    lead: int = 0
 
 
 @dataclass(frozen=True, slots=True)

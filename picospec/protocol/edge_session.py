@@ -17,11 +17,9 @@ Events and effects are in `edge_events` and `drafting`, tables and policy in `ed
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
 
 from picospec.errors import LocalProtocolError, RemoteOrderError, RemoteProtocolError
 from picospec.protocol import validation
-from picospec.protocol.aim import AT_ONCE
 from picospec.protocol.allowance import Allowance
 from picospec.protocol.draft_chain import DraftChain
 from picospec.protocol.drafting import (
@@ -85,9 +83,7 @@ class EdgeSession:
             draft_length=max(1, min(spec.policy.draft_length, self.allowance.window)),
             fast_verify=spec.policy.fast_verify,
         )
-        self._aim = AT_ONCE
-        self._heard_s: float | None = None  # the stream's last verdict
-        self._departs_s: float | None = None  # when what is drafted goes out
+        self._lead = 0  # as in SetLength
         self._spec = spec
         self._split = spec.is_split
         self._length_max = spec.length_max
@@ -115,10 +111,7 @@ class EdgeSession:
 
     @property
     def deadline(self) -> float | None:
-        """When Tick is due: what is drafted then goes out, or a round that takes too long, as it
-        is."""
-        if self._departs_s is not None:
-            return self._departs_s
+        """When Tick is due: a round that takes too long then goes out as it is."""
         waits_since_s, timeout_s = self.chain.waits_since_s, self._spec.policy.round_timeout_s
         if waits_since_s is None or not timeout_s or self.state is not EdgeState.DRAFTING:
             return None
@@ -161,17 +154,13 @@ class EdgeSession:
     def _set_length(self, event: SetLength, now: float) -> list[Effect]:
         self.allowance.set_window(event.window)
         self.chain.draft_length = max(1, min(event.draft_length, self.allowance.window))
-        # Of a cloud that waits for drafts none lands behind.
-        self._aim = event.aim if self._cloud_goes_on else replace(event.aim, lead=0)
-        self._departs_s = None
+        self._lead = event.lead if self._cloud_goes_on else 0
         return self._advance(now)
 
     def _tick(self, now: float) -> list[Effect]:
         deadline = self.deadline
         if deadline is None or now < deadline or self._asked is not None:
             return []
-        if self._departs_s is not None:
-            return self._advance(now)
         return self._send_due(now, round_is_over=True)
 
     def _link_lost(self) -> list[Effect]:
@@ -180,7 +169,6 @@ class EdgeSession:
         if self.state is EdgeState.OFFLINE:
             self._asked = None
         self.chain.new_stream()
-        self._heard_s = self._departs_s = None
         self._opened = False
         self._awaits_first = True
         return []
@@ -255,7 +243,6 @@ class EdgeSession:
             return []
         self._check_verdict(verdict)
         self.round_trip_s = self.chain.round_trip(verdict, now)
-        self._heard_s, self._departs_s = now, None
         reason = verdict.finish_reason
         if reason is not None:
             self._move(EventKind.FINISH)
@@ -327,7 +314,7 @@ class EdgeSession:
             effects += self.allowance.extend(self.chain)
         if self.state is EdgeState.DRAFTING and self._asked is None:
             round_is_over = self.allowance.is_used_up(self.chain)
-            if self._is_due(now, round_is_over=round_is_over):
+            if round_is_over or not self._lands_behind:
                 effects += self._send_due(now, round_is_over=round_is_over)
             if self.allowance.is_exhausted and not (
                 len(self.chain) or self._awaits_first or self._cloud_goes_on
@@ -336,21 +323,14 @@ class EdgeSession:
                 effects.append(Send(self.chain.probe(1)))
         return effects
 
-    def _is_due(self, now: float, *, round_is_over: bool) -> bool:
-        """Whether what is drafted goes out now; if not, `deadline` says when, if it is known."""
+    @property
+    def _lands_behind(self) -> bool:
+        """Whether the cloud is past the chain's end when a frame lands, and more drafts follow."""
         chain = self.chain
-        if not self._spec.policy.fast_verify or chain.has_head:
-            return True  # whole rounds: the chain knows when one is full
-        is_last = round_is_over or chain.end >= self.allowance.limit
-        if not chain.unsent or not (is_last or self._aim.is_reached(chain)):
-            self._departs_s = None
-            return False
-        if self._departs_s is None:
-            self._departs_s = self._aim.departs_s(self._heard_s, now)
-        return now >= self._departs_s
+        is_behind = chain.end - chain.position <= self._lead
+        return is_behind and chain.end < self.allowance.limit and not chain.has_head
 
     def _send_due(self, now: float, *, round_is_over: bool) -> list[Effect]:
-        self._departs_s = None
         frames = self.chain.frames(self._max_frame, round_is_over=round_is_over, now=now)
         return [Send(frame) for frame in frames]
 
@@ -363,7 +343,6 @@ class EdgeSession:
     def _branch_off(self, judged_end: int) -> None:
         """Give up the chain, of which the drafts before `judged_end` were judged."""
         self.stale_tokens += self.chain.branch_off(judged_end)
-        self._departs_s = None
         self.branch += 1
         self.allowance.branch_off()
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from picospec.protocol import codec
-from picospec.protocol.aim import Aim
 from picospec.protocol.cloud_session import CloudSession
 from picospec.protocol.draft_queue import DraftQueue, Work
 from picospec.protocol.drafting import Allow, Drafted, DrafterEvent, Rollback
@@ -396,9 +395,7 @@ class World:
             assist = self.scenario.policy.assist
             stops = [0] if assist in (AssistPolicy.ALWAYS, AssistPolicy.AUTO) else []
             length, window = self.rng.choice([1, 2, 5]), self.rng.choice([*stops, 1, 5, 20])
-            period_s, offset_s = self.rng.choice([0.0, 0.02]), 0.02 * self.rng.random()
-            aim = Aim(self.rng.choice([0, 3]), period_s, offset_s)
-            self._tell(SetLength(length, window, aim))
+            self._tell(SetLength(length, window, lead=self.rng.choice([0, 3])))
         self._maybe_lose_in_recovery(isinstance(frame, Verdict) and frame.rejection is not None)
 
     def _new_drafter(self, language: Language) -> ToyDrafter:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from picospec.errors import LocalProtocolError, RemoteOrderError, RemoteProtocolError
-from picospec.protocol.aim import Aim
 from picospec.protocol.draft_chain import DraftChain
 from picospec.protocol.drafting import (
     Allow,
@@ -734,7 +733,7 @@ def test_a_window_may_be_0_from_the_start() -> None:
 
 def test_drafts_that_would_land_behind_the_cloud_wait_for_those_that_do_not() -> None:
     session = started(mode=COUPLED, assist=AssistPolicy.AUTO, window=8)
-    session.handle(SetLength(4, 8, Aim(lead=2)), 0.0)
+    session.handle(SetLength(4, 8, lead=2), 0.0)
     assert frames(drafted(session, 7)) == frames(drafted(session, 8)) == []
     assert [frame.token_ids for frame in frames(drafted(session, 9))] == [(7, 8, 9)]
     # The cloud has gone on by itself; the same lead counts from there.
@@ -745,32 +744,21 @@ def test_drafts_that_would_land_behind_the_cloud_wait_for_those_that_do_not() ->
 
 def test_a_cloud_that_waits_is_never_ahead() -> None:
     session = started(mode=COUPLED, assist=AssistPolicy.IDLE, window=8)
-    session.handle(SetLength(4, 8, Aim(lead=2)), 0.0)
+    session.handle(SetLength(4, 8, lead=2), 0.0)
     assert frames(drafted(session, 7))
 
 
-def test_in_a_batch_drafts_wait_for_each_other_until_the_last_moment() -> None:
+def test_a_window_within_the_lead_is_sent_all_the_same() -> None:
     session = started(mode=COUPLED, assist=AssistPolicy.AUTO, window=8)
-    session.handle(SetLength(4, 8, Aim(period_s=0.04, offset_s=0.03)), 1.0)
-    assert not frames(drafted(session, 7, now=1.0))
-    assert session.deadline == pytest.approx(1.03)  # steps begin with the verdict at 0.0
-    session.handle(make_verdict(position=3, token_ids=(7,)), 1.02)
-    assert session.deadline is None
-    assert not frames(drafted(session, 8, now=1.03)) + frames(drafted(session, 9, now=1.04))
-    assert session.deadline == pytest.approx(1.05)
-    assert not frames(session.handle(Tick(), 1.045))
-    [frame] = frames(session.handle(Tick(), 1.0501))
-    assert frame.token_ids == (8, 9)
-    drafted(session, 10, now=1.06)
-    assert session.deadline == pytest.approx(1.09)  # that step has begun: with the next one
-    session.handle(make_verdict(position=4, num_accepted=1, token_ids=(5,)), 1.07)
-    assert session.deadline is None  # the chain is dead
+    session.handle(SetLength(4, 2, lead=5), 0.0)
+    assert not frames(drafted(session, 7))
+    assert frames(drafted(session, *range(8, 15)))  # what was allowed before
 
 
 @pytest.mark.parametrize("stopped", [Paused, Exhausted])
 def test_a_drafter_that_stops_leaves_nothing_behind(stopped: type[Paused | Exhausted]) -> None:
     session = started(mode=COUPLED, assist=AssistPolicy.AUTO, window=8)
-    session.handle(SetLength(4, 8, Aim(lead=5)), 0.0)
+    session.handle(SetLength(4, 8, lead=5), 0.0)
     assert not frames(drafted(session, 7, 8))
     [frame] = frames(session.handle(stopped(session.branch, session.chain.end), 0.0))
     assert frame.token_ids == (7, 8)
