@@ -17,7 +17,7 @@ FLOOR_MIN = 0.95  # of stock vLLM's tokens per second: a cell below it fails the
 
 class Kind(enum.Enum):
     SINGLE = "single"  # one chat: tokens/s after the first commit
-    CHATS = "chats"  # many on one edge: tokens/s of all, from the first request to the last token
+    CHATS = "chats"  # many on one edge: tokens/s of all, while all of them are decoded
     FLEET = "fleet"  # one chat on each of many emulated edges
     TURNS = "turns"  # three turns of a chat, with a prefix cache on both sides
     CHANGE = "change"  # one chat; tokens/s from some seconds after something has changed
@@ -106,9 +106,7 @@ ALPHAS = (0.7, 0.9)
 REPLAY_TOKEN_MS = 10.0  # between int4's pace and int8's on the machines measured so far
 PROMPTS = (30, 1000, 4000)
 USUAL_RTT_MS = 20.0
-# Of each of many chats: long beside their prompts, which the cloud prefills one after the other, and
-# beside the end, when only the slowest are left.
-CROWD_TOKENS = 128
+CROWD_TOKENS = 128  # of each of many chats
 FEW = 4  # edges, of which each should gain
 CHANGE_TOKENS = 1500  # more than any side makes while it is looked at
 

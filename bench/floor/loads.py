@@ -68,6 +68,20 @@ def sample_of(watches: Sequence[Stopwatch], tokens_per_s: float) -> Sample:
     )
 
 
+def rate_of_all(watches: Sequence[Stopwatch]) -> float:
+    """Tokens per second of all chats together, from the first token of the last that begins to the
+    last token of the first that ends.
+
+    Before that the cloud reads prompts (`Sample.ttft_s`), after that its batch shrinks.
+    """
+    from_s = max(watch.first_s for watch in watches)
+    until_s = min(watch.last_s for watch in watches)
+    if until_s <= from_s:
+        raise ValueError("a chat has ended before the last one began")
+    came = sum(from_s < at_s <= until_s for watch in watches for at_s in watch.times_s)
+    return came / (until_s - from_s)
+
+
 class Loads:
     """Runs loads on a bed whose link is set."""
 
@@ -115,8 +129,7 @@ class Loads:
             record = watch.record(tasks[0])
             tokens_per_s = record.tokens_per_s
         else:
-            seconds = max(each.last_s for each in watches) - watches[0].started_s
-            tokens_per_s = sum(len(each.token_ids) for each in watches) / seconds
+            tokens_per_s = rate_of_all(watches)
         texts = {task.prompt_id: each.token_ids for task, each in zip(tasks, watches, strict=True)}
         return {"": sample_of(watches, tokens_per_s)}, texts
 

@@ -15,11 +15,12 @@ from bench.fleet.replay import ReplayDrafting, with_errors
 from bench.floor import grid as grid_module
 from bench.floor import report
 from bench.floor.grid import FIXED, FLOOR_MIN, Change, Contender, Group, Kind, Load, grid
-from bench.floor.loads import Run, Sample
+from bench.floor.loads import Run, Sample, rate_of_all
 from bench.floor.results import Cell, best_fixed, trials
 from bench.floor.runner import order, rounds
 from bench.floor.sources import Spent
 from bench.openings import context
+from bench.systems import Stopwatch
 from edge_agent.drafting.messages import DraftEvent
 from picospec.protocol.drafting import Allow, Drafted
 
@@ -176,3 +177,13 @@ def test_the_document_marks_what_falls_short() -> None:
     assert "| **0.90** | 0.60 |  | 0.50 | 20.0 | 25.0 | 25.0 | 1.50 | 5.0 |" in text
     assert "- single rtt=20 T=0 int8: 0.90 of stock vLLM's tokens per second" in text
     assert "chats=4" in text
+
+
+def test_the_rate_of_all_leaves_out_where_only_some_are_decoded() -> None:
+    watches = [
+        Stopwatch(first_s=1.0, last_s=3.0, times_s=[1.0, 2.0, 2.5, 3.0]),
+        Stopwatch(first_s=2.0, last_s=9.0, times_s=[2.0, 2.5, 3.0, 9.0]),
+    ]
+    assert rate_of_all(watches) == pytest.approx(4.0)
+    with pytest.raises(ValueError, match="ended before"):
+        rate_of_all([Stopwatch(first_s=1.0, last_s=2.0), Stopwatch(first_s=2.0, last_s=3.0)])
