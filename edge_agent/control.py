@@ -274,9 +274,15 @@ class AutoControl:
 
     @property
     def has_hope(self) -> bool:
-        """Whether a chain can get ahead of a cloud that goes on alone for a round trip."""
-        lead = self.estimates.round_trip.mean() / self.estimates.step.mean(20.0)
-        hope: float = self.estimates.hoped_alpha**lead
+        """Whether a chain can get ahead of a cloud that goes on alone, and did so for a round trip
+        before the chain began."""
+        estimates = self.estimates
+        step_ms = estimates.step.mean(20.0)
+        gain = 1.0 - estimates.hoped_draft_ms * max(1, self.num_running) / step_ms
+        if gain <= 0.0:
+            return False
+        lead = estimates.round_trip.mean() / step_ms / gain
+        hope: float = estimates.hoped_alpha**lead
         return hope >= HOPE_MIN
 
     def _faster_mode(self) -> VerificationMode:

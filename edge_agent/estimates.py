@@ -19,6 +19,7 @@ TIME_CONSTANT_S = 1.5  # of paces and round trips
 ACCEPTANCE_TIME_CONSTANT_S = 10.0  # it hangs on the text, and is noisy
 ACCEPTANCE_PRIOR, ACCEPTANCE_PRIOR_WEIGHT = 0.7, 4.0
 ACCEPTANCE_HOPED, ACCEPTANCE_HOPED_WEIGHT = 0.97, 4.0
+DRAFTING_FORGOTTEN = 1e-7  # of a token's weight: after half a minute of answers without drafts
 RATE_MEMORY_S = 20.0  # of generation time, in an arm's rate
 STALE_RATE_S = 1.0  # what an old rate weighs when its arm is looked at anew
 FASTEST_FORGOTTEN = 0.01  # of the distance to the fastest step, with each step
@@ -123,6 +124,11 @@ class Estimates:
     def hoped_alpha(self) -> float:
         """The same, of drafts that nobody has seen yet: what is never tried is never known."""
         return self._alpha(ACCEPTANCE_HOPED, ACCEPTANCE_HOPED_WEIGHT)
+
+    @property
+    def hoped_draft_ms(self) -> float:
+        """The drafter's time for a token, less and less while it does not draft."""
+        return self.drafting.total / (self.drafting.weight + DRAFTING_FORGOTTEN)
 
     def _alpha(self, prior: float, weight: float) -> float:
         return (self.acceptance.total + prior * weight) / (self.acceptance.weight + weight)

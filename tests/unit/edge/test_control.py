@@ -256,3 +256,19 @@ def test_a_generation_begins_with_the_load_that_the_last_one_has_seen() -> None:
     assert edge.control.begin(GREEDY, seeded=False, now=edge.now).plan(edge.now).window == 0
     edge.now += 60.0  # the crowd may be gone
     assert edge.control.begin(GREEDY, seeded=False, now=edge.now).plan(edge.now).window > 0
+
+
+def test_a_drafter_that_cannot_get_ahead_of_the_cloud_rests_and_is_tried_again() -> None:
+    """Four chats share a drafter that takes a third of a step for a token."""
+    edge = Edge(on=80.0, off=50.0)
+    edge.control.drafted(100, 0.7)
+    edge.chat(1.0)
+    others = [edge.control.begin(GREEDY, seeded=False, now=edge.now) for _ in range(3)]
+    assert edge.chat(10.0) < 0.05
+    assert edge.chat(60.0) > 0.2
+    edge.control.drafted(100, 0.7)
+    assert edge.chat(10.0) < 0.05
+    for other in others:
+        other.end()
+    edge.control.drafted(100, 0.1)
+    assert edge.chat(10.0) > 0.5
