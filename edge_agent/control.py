@@ -42,8 +42,10 @@ FIRST_DRAFT_S = 3.0  # for the drafter's prefill: drafting is judged by its draf
 LOOK_TIMEOUT_S = 4.0  # for an arm that makes no tokens to judge it by
 LOOK_COST = 0.01  # of the speed, that looks at the slower arm may take at first, ...
 LOOK_INTERVAL_MIN_S, LOOK_INTERVAL_MAX_S = 8.0, 256.0  # ... less while nothing changes
-LOSS_MAX_S = 0.15  # that one generation's drafts may cost in a row, in time without drafts; then
-PAUSE_S, PAUSE_MAX_S = 2.0, 16.0  # they pause; doubles
+# What one generation's drafts may cost in a row, in time without drafts, before they pause: so much,
+# and round trips, since each new chain loses for one before it can gain.
+LOSS_MAX_S, LOSS_MAX_ROUND_TRIPS = 0.15, 2.0
+PAUSE_S, PAUSE_MAX_S = 2.0, 16.0  # doubles
 CROWD = 3  # log2 of a batch in which other sessions' rows bring as much as drafts
 CROWD_PAUSE_S = 2.0  # until drafts are tried there
 LOAD_MEMORY_S = 30.0
@@ -346,12 +348,14 @@ class AutoCourse:
     def _is_paused(self, now: float) -> bool:
         """Whether the drafts for this text, which may be a hard one, do not pay. Far from the cloud
         they lose little by little and gain much at once, so what counts is their sum."""
-        if self._loss_s > LOSS_MAX_S:
+        round_trip_s = 1e-3 * self.control.estimates.round_trip.mean()
+        most_s = LOSS_MAX_S + LOSS_MAX_ROUND_TRIPS * round_trip_s
+        if self._loss_s > most_s:
             self._loss_s = 0.0
             self._paused_until_s = now + self._pause_s
             self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
-        elif self._loss_s < -LOSS_MAX_S:
-            self._loss_s, self._pause_s = -LOSS_MAX_S, PAUSE_S
+        elif self._loss_s < -most_s:
+            self._loss_s, self._pause_s = -most_s, PAUSE_S
         return now < self._paused_until_s
 
     def heard(
