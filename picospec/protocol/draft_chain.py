@@ -54,6 +54,7 @@ class DraftChain:
         self._head: int | None = None  # recovered, at position - 1, not sent yet
         self._sent_end = 0
         self._sent_at: deque[tuple[int, float]] = deque()  # (end position, time) of each frame
+        self._is_echoed = True  # a verdict has told that the cloud knows the epoch
         self._limit_untold = self._fast_verify  # the cloud does not know draft_length yet
 
     @property
@@ -138,6 +139,7 @@ class DraftChain:
         num_stale = max(0, self._sent_end - judged_end)
         if self._epoch_used:
             self.epoch, self._epoch_used = self.epoch + 1, False
+            self._is_echoed = False
         self._drafts.clear()
         self._head = None
         self._sent_end = 0
@@ -197,13 +199,17 @@ class DraftChain:
         return Draft(self.epoch, self.position, probe=number)
 
     def round_trip(self, verdict: Verdict, now: float) -> float | None:
-        """Seconds on the network, both ways, of the newest draft judged; None if none was.
-
-        To be asked before the verdict is committed.
+        """Seconds on the network, both ways, of the newest draft judged; where none was, of the
+        epoch's first frame, if this is the first verdict that knows the epoch, and up to a step
+        more. None if neither. To be asked before the verdict is committed.
         """
-        judged_end = verdict.position + verdict.num_draft_tokens
-        if verdict.epoch != self.epoch or not verdict.num_draft_tokens:
+        if verdict.epoch != self.epoch or not self._sent_at:
             return None
+        is_echo, self._is_echoed = not self._is_echoed, True
+        if not verdict.num_draft_tokens:
+            spent_s = verdict.compute_us * 1e-6
+            return max(0.0, now - self._sent_at[0][1] - spent_s) if is_echo else None
+        judged_end = verdict.position + verdict.num_draft_tokens
         while self._sent_at and self._sent_at[0][0] < judged_end:
             self._sent_at.popleft()
         if not self._sent_at:

@@ -703,6 +703,21 @@ def test_no_deadline_while_the_link_is_lost() -> None:
     assert session.deadline is None
 
 
+def test_a_new_epochs_echo_tells_the_round_trip_though_its_drafts_come_too_late() -> None:
+    session = started(mode=COUPLED, assist=AssistPolicy.AUTO, window=8)
+    drafted(session, 7, now=1.0)
+    session.handle(make_verdict(position=3, token_ids=(5,)), 1.1)  # 7 is dead
+    assert session.round_trip_s is None
+    drafted(session, 8, now=1.2)
+    session.handle(make_verdict(position=4, token_ids=(8,)), 1.25)  # of the old epoch
+    assert session.round_trip_s is None
+    echo = make_verdict(position=5, token_ids=(9,), epoch=1, compute_us=20_000)
+    session.handle(echo, 1.45)
+    assert session.round_trip_s == pytest.approx(0.23)
+    session.handle(make_verdict(position=6, token_ids=(9,), epoch=1), 1.47)
+    assert session.round_trip_s is None
+
+
 def test_lengths_change_in_the_middle() -> None:
     session = started(mode=SPLIT, draft_length=2, window=4)
     [frame] = frames(drafted(session, 7))
