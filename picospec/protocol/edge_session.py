@@ -327,8 +327,10 @@ class EdgeSession:
     def _lands_behind(self) -> bool:
         """Whether the cloud is past the chain's end when a frame lands, and more drafts follow."""
         chain = self.chain
+        if not self._spec.policy.fast_verify or chain.has_head:
+            return False  # a whole round goes when it is full
         is_behind = chain.end - chain.position <= self._lead
-        return is_behind and chain.end < self.allowance.limit and not chain.has_head
+        return is_behind and chain.end < self.allowance.limit
 
     def _send_due(self, now: float, *, round_is_over: bool) -> list[Effect]:
         frames = self.chain.frames(self._max_frame, round_is_over=round_is_over, now=now)
