@@ -19,6 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from cloud_server.config import EngineConfig
+from cloud_server.engine.deliveries import Deliveries
 from cloud_server.engine.envelope import Delivery, EngineReport, Wake, wrap
 from cloud_server.engine.interface import EngineSink, EngineStats, KVCacheSize
 from cloud_server.engine.model import build_vllm_config, kv_cache_size, model_card
@@ -26,8 +27,6 @@ from cloud_server.engine.reports import ReportReceiver
 from picospec.errors import CloudUnavailable, ConfigError, PicoSpecError
 from picospec.protocol.messages import Draft, ModelCard, Open, Verdict
 
-# Drafts are with the engine so long before its step is expected to end, as a share of the step.
-DELIVERY_MARGIN = 0.1
 VERDICT_LAG_S = 5.0  # between vLLM's word that a request has ended and our verdict on it
 
 logger = logging.getLogger(__name__)
@@ -46,10 +45,7 @@ class VLLMEngine:
         self._reports: ReportReceiver | None = None
         self._pump: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None  # to wake the engine
-        self._deliveries: list[Delivery] = []
-        self._deliver_s = 0.0  # when the engine is to have them; it is in a step until then
-        self._delivery: asyncio.TimerHandle | None = None
-        self._sending: asyncio.Task[None] | None = None
+        self._deliveries = Deliveries(self._tell)
         self._dead = False
 
     async def start(self) -> ModelCard:
@@ -113,38 +109,13 @@ class VLLMEngine:
         self._alive()
         if session_key not in self._sinks:
             return
-        self._deliveries.append(Delivery(session_key, draft, arrived_s))
-        self._plan_delivery()
-
-    def _plan_delivery(self) -> None:
-        """One message for the drafts of all sessions that came during a step.
-
-        A message costs the engine several times what a draft in it does, and wakes it on the cores
-        that compute its step. An Open is sent at once, so it is always ahead of its session's
-        drafts.
-        """
-        if self._delivery is not None:
-            self._delivery.cancel()
-            self._delivery = None
-        if not self._deliveries:
-            return
-        delay_s = self._deliver_s - time.monotonic()
-        if delay_s > 0.0:
-            self._delivery = asyncio.get_running_loop().call_later(delay_s, self._start_sending)
-        else:
-            self._start_sending()
-
-    def _start_sending(self) -> None:
-        if self._sending is None or self._sending.done():
-            self._sending = asyncio.create_task(self._send_deliveries(), name="deliveries")
-
-    async def _send_deliveries(self) -> None:
-        while self._deliveries and self._client is not None:
-            deliveries, self._deliveries = self._deliveries, []
-            await self._tell(deliveries)
+        # An Open is sent at once, so it is always ahead of its session's drafts.
+        self._deliveries.add(Delivery(session_key, draft, arrived_s))
 
     async def _tell(self, message: list[Delivery] | Wake) -> None:
-        """A request that is none: what counts is in its envelope."""
+        """A request that is none: what counts is in its envelope. Of no use to a dead engine."""
+        if self._client is None or self._dead:
+            return
         request = EngineCoreRequest(
             request_id="deliveries",
             prompt_token_ids=[0],  # not looked at
@@ -157,7 +128,7 @@ class VLLMEngine:
             data_parallel_rank=None,
         )
         with contextlib.suppress(EngineDeadError):  # `_read_outputs` ends the sessions
-            await self._alive().add_request_async(request)
+            await self._client.add_request_async(request)
 
     async def abort(self, session_key: str) -> None:
         if self._sinks.pop(session_key, None) is None or self._client is None or self._dead:
@@ -183,8 +154,7 @@ class VLLMEngine:
 
     async def shutdown(self) -> None:
         self._set_alarm(0.0)
-        self._deliveries.clear()
-        self._plan_delivery()
+        self._deliveries.close()
         if self._pump is not None:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
@@ -223,9 +193,7 @@ class VLLMEngine:
     def _dispatch(self, report: EngineReport) -> None:
         self._stats = report.stats
         self._set_alarm(report.wake_s)
-        step_s = max(0.0, report.step_ends_s - time.monotonic())
-        self._deliver_s = report.step_ends_s - DELIVERY_MARGIN * step_s
-        self._plan_delivery()
+        self._deliveries.step_ends(report.step_ends_s)
         for session_key, events in report.events.items():
             sink = self._sinks.get(session_key)
             if sink is None:
