@@ -48,7 +48,7 @@ LOSS_MAX_S, LOSS_MAX_ROUND_TRIPS = 0.15, 2.0
 PAUSE_S, PAUSE_MAX_S = 2.0, 16.0  # doubles
 CROWD = 3  # log2 of a batch in which other sessions' rows bring as much as drafts
 CROWD_PAUSE_S = 2.0  # until drafts are tried there
-LOAD_MEMORY_S = 30.0
+LOAD_MEMORY_S = 30.0  # then a crowd may be gone
 OTHER_MODE_EVERY = 12  # generations, while the other mode is not far behind
 FAR_BEHIND = 0.85
 
@@ -194,6 +194,8 @@ def _pays(on_per_second: float, off_per_second: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class CloudLoad:
+    """How busy the cloud is, as a verdict tells."""
+
     batch_size: int = 1
     draft_budget: int = DRAFT_LENGTH_MAX
     heard_s: float = -math.inf
@@ -214,7 +216,7 @@ class AutoControl:
         self._choices: dict[Setting, Choice] = {}
         self._num_begun = 0
         self.num_running = 0  # generations, which share the drafter
-        self._load = CloudLoad()
+        self.load = CloudLoad()  # the newest
 
     def begin(self, sampling: SamplingParams, *, seeded: bool, now: float) -> "AutoCourse":
         sampled = sampling.temperature >= GREEDY_TEMPERATURE
@@ -225,16 +227,10 @@ class AutoControl:
             mode = self._modes[0]
         elif sampled and not seeded and VerificationMode.SPLIT in self._modes:
             mode = self._faster_mode()
-        load = self._load if now - self._load.heard_s < LOAD_MEMORY_S else CloudLoad()
+        load = self.load if now - self.load.heard_s < LOAD_MEMORY_S else CloudLoad()
         # The edge's own generations share the cloud's batch, at least.
-        batch_size = max(self.num_running, load.batch_size)
-        return AutoCourse(
-            self, mode, sampled=sampled, batch_size=batch_size, draft_budget=load.draft_budget
-        )
-
-    def loaded(self, batch_size: int, draft_budget: int, now: float) -> None:
-        """How busy the cloud is, as a verdict tells: that of the next generation's first steps."""
-        self._load = CloudLoad(batch_size, draft_budget, now)
+        load = replace(load, batch_size=max(self.num_running, load.batch_size))
+        return AutoCourse(self, mode, sampled=sampled, load=load)
 
     def drafted(self, num_tokens: int, seconds: float) -> None:
         if num_tokens > 0:
@@ -259,11 +255,11 @@ class AutoControl:
     def window(self, draft_budget: int) -> int:
         """How far ahead: drafts until the verdict on the first of them is back, with slack."""
         estimates = self.estimates
-        step_ms, rtt_ms = estimates.step.mean(20.0), estimates.round_trip.mean()
+        step_ms, rtt_ms = estimates.step_ms, estimates.round_trip.mean()
         draft_ms = max(0.1, estimates.drafting.mean(step_ms / 2)) * max(1, self.num_running)
         window = math.ceil(SLACK * (rtt_ms + 2 * step_ms) / draft_ms) + WINDOW_MIN
         if draft_budget:
-            window = min(window, math.ceil((draft_budget + 1) * (2 + rtt_ms / step_ms)))
+            window = min(window, math.ceil((draft_budget + 1) * (2 + estimates.steps_away)))
         if (alpha := estimates.alpha) < 1.0:
             window = min(window, math.ceil(math.log(HOPE_MIN) / math.log(alpha)))
         return min(max(window, WINDOW_MIN), WINDOW_MAX)
@@ -271,20 +267,17 @@ class AutoControl:
     @property
     def lead(self) -> int:
         """Tokens that the cloud decodes by itself in a round trip, at least."""
-        steps = self.estimates.round_trip.mean() / self.estimates.step.mean(20.0)
-        return int(LEAD_SHARE * steps)
+        return int(LEAD_SHARE * self.estimates.steps_away)
 
     @property
     def has_hope(self) -> bool:
         """Whether a chain can get ahead of a cloud that goes on alone, and did so for a round trip
         before the chain began."""
         estimates = self.estimates
-        step_ms = estimates.step.mean(20.0)
-        gain = 1.0 - estimates.hoped_draft_ms * max(1, self.num_running) / step_ms
+        gain = 1.0 - estimates.hoped_draft_ms * max(1, self.num_running) / estimates.step_ms
         if gain <= 0.0:
             return False
-        lead = estimates.round_trip.mean() / step_ms / gain
-        hope: float = estimates.hoped_alpha**lead
+        hope: float = estimates.hoped_alpha ** (estimates.steps_away / gain)
         return hope >= HOPE_MIN
 
     def _faster_mode(self) -> VerificationMode:
@@ -311,8 +304,7 @@ class AutoCourse:
     control: AutoControl
     mode: VerificationMode
     sampled: bool
-    batch_size: int = 1
-    draft_budget: int = DRAFT_LENGTH_MAX
+    load: CloudLoad
     _drafts: bool | None = None
     _changed_s: float = -math.inf  # when it began or ceased to draft
     _drafts_since_s: float = -math.inf
@@ -325,12 +317,12 @@ class AutoCourse:
 
     def plan(self, now: float) -> DraftPlan:
         control, estimates = self.control, self.control.estimates
-        setting = control.setting(batch_size=self.batch_size, sampled=self.sampled)
+        setting = control.setting(batch_size=self.load.batch_size, sampled=self.sampled)
         choice = control.choice(setting, now)
         on, off = (estimates.rate(setting, arm) for arm in (Arm(self.mode.value), Arm.OFF))
         off_max = estimates.bound(setting)
         choice.update(on, off, off_max, now)
-        drafts = choice.drafts and self.draft_budget > 0
+        drafts = choice.drafts and self.load.draft_budget > 0
         drafts = drafts and control.has_hope and control.drafter_works()
         if drafts and choice.looks_since_s is None:
             drafts = not self._is_paused(now)
@@ -340,7 +332,8 @@ class AutoCourse:
             self._drafts, self._drafts_since_s, self._has_drafted = drafts, now, False
         plan = DraftPlan(DRAFT_LENGTH_MAX, 0)
         if drafts:
-            plan = DraftPlan(DRAFT_LENGTH_MAX, control.window(self.draft_budget), control.lead)
+            window = control.window(self.load.draft_budget)
+            plan = DraftPlan(DRAFT_LENGTH_MAX, window, control.lead)
         if not _is_like(plan, self._last):
             self._last = plan
         return self._last
@@ -369,8 +362,8 @@ class AutoCourse:
         if verdict.num_accepted < verdict.num_draft_tokens:
             estimates.acceptance.add(0.0)
         if verdict.batch_size:
-            self.batch_size, self.draft_budget = verdict.batch_size, verdict.draft_budget
-            self.control.loaded(verdict.batch_size, verdict.draft_budget, now)
+            load = CloudLoad(verdict.batch_size, verdict.draft_budget, now)
+            self.load = self.control.load = load
         if verdict.compute_us and self._heard_s is not None:  # the first has the prompt's prefill
             estimates.step.add(verdict.compute_us / 1e3)
             if verdict.batch_size == 1 and not verdict.num_draft_tokens:
@@ -393,7 +386,7 @@ class AutoCourse:
         if self._drafts and not self._has_drafted and now < self._drafts_since_s + FIRST_DRAFT_S:
             return
         arm = Arm(self.mode.value) if self._drafts else Arm.OFF
-        setting = self.control.setting(batch_size=self.batch_size, sampled=self.sampled)
+        setting = self.control.setting(batch_size=self.load.batch_size, sampled=self.sampled)
         estimates.rate(setting, arm).add(num_tokens, seconds)
         if self._drafts and (off := estimates.rate(setting, Arm.OFF)).seconds:
             self._loss_s += seconds - num_tokens / off.per_second

@@ -16,6 +16,7 @@ from typing import Any
 from picospec.protocol.messages import VerificationMode
 
 TIME_CONSTANT_S = 1.5  # of paces and round trips
+STEP_GUESS_MS = 20.0
 ACCEPTANCE_TIME_CONSTANT_S = 10.0  # it hangs on the text, and is noisy
 ACCEPTANCE_PRIOR, ACCEPTANCE_PRIOR_WEIGHT = 0.7, 4.0
 ACCEPTANCE_HOPED, ACCEPTANCE_HOPED_WEIGHT = 0.97, 4.0
@@ -146,7 +147,18 @@ class Estimates:
             return math.inf
         return 1e3 / self.fastest_step_ms
 
+    @property
+    def step_ms(self) -> float:
+        """Of the cloud's engine; a guess until one is known."""
+        return self.step.mean(STEP_GUESS_MS)
+
+    @property
+    def steps_away(self) -> float:
+        """How many steps the cloud makes in a round trip."""
+        return self.round_trip.mean() / self.step_ms
+
     def rate(self, setting: Setting, arm: Arm) -> Rate:
+        """What `arm` makes in `setting`, to be added to."""
         if arm is Arm.OFF:
             setting = replace(setting, round_trip=0)
         key = setting, arm

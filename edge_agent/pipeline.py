@@ -191,12 +191,7 @@ class SpeculativeGeneration:
             request.sampling, seeded=request.seeded, now=self._now()
         )
         self._plan = self._course.plan(self._now())
-        self._policy = policy = dataclasses.replace(
-            self._policy,
-            mode=self._course.mode,
-            draft_length=self._plan.draft_length,
-            window=self._plan.window,
-        )
+        self._policy = policy = dataclasses.replace(self._policy, mode=self._course.mode)
         self.stats.mode = policy.mode.value
         self._spec = spec = SessionSpec(
             session_id=request.request_id,

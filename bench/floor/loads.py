@@ -78,6 +78,11 @@ def rate_of_all(watches: Sequence[Stopwatch]) -> float:
     until_s = min(watch.last_s for watch in watches)
     if until_s <= from_s:
         raise ValueError("a chat has ended before the last one began")
+    return rate_between(watches, from_s, until_s)
+
+
+def rate_between(watches: Sequence[Stopwatch], from_s: float, until_s: float) -> float:
+    """Tokens per second of all chats together, after `from_s` and up to `until_s`."""
     came = sum(from_s < at_s <= until_s for watch in watches for at_s in watch.times_s)
     return came / (until_s - from_s)
 
@@ -185,12 +190,11 @@ class Loads:
             await asyncio.sleep(COUNTED_S)
             until_s = time.perf_counter()
             chats.check()
-        came = [at_s for watch in watches for at_s in watch.times_s if from_s <= at_s < until_s]
         begun = [watch for watch in watches if watch.token_ids]
         texts = {task.prompt_id: watches[0].token_ids}
         for other, watch in zip(others, watches[1:], strict=False):
             texts[other.prompt_id] = watch.token_ids
-        return {"": sample_of(begun, len(came) / (until_s - from_s))}, texts
+        return {"": sample_of(begun, rate_between(watches, from_s, until_s))}, texts
 
     def _long_prompt(self, num_tokens: int, name: str) -> TokenArray:
         """About so many tokens that begin with `name`: no other text shares their prefix."""

@@ -27,7 +27,8 @@ class Deliveries:
     def add(self, delivery: Delivery) -> None:
         """In time for the step that comes."""
         self._waiting.append(delivery)
-        self._plan()
+        if self._timer is None:
+            self._plan()
 
     def step_ends(self, at_s: float) -> None:
         """A step is expected to end at `at_s` (time.monotonic); 0: none is under way."""
@@ -52,6 +53,7 @@ class Deliveries:
             self._start()
 
     def _start(self) -> None:
+        self._timer = None
         if self._sending is None or self._sending.done():
             self._sending = asyncio.create_task(self._send_all(), name="deliveries")
 

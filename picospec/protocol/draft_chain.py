@@ -84,10 +84,10 @@ class DraftChain:
         """Drafts that were not sent."""
         return self.end - max(self._sent_end, self.position)
 
-    @property
-    def has_head(self) -> bool:
-        """Whether a recovered token is to go out."""
-        return self._head is not None
+    def lands_behind(self, lead: int) -> bool:
+        """Whether a cloud that goes on for `lead` tokens is past all of it, and nothing in it has
+        to go out for another reason: a recovered token, or a round that is full."""
+        return self._fast_verify and self._head is None and len(self) <= lead
 
     def extend(self, token_ids: Sequence[int], laws: Sequence[Distribution] = ()) -> None:
         """`laws` has the Q of each in split mode. Raises ValueError if it has not."""
@@ -206,12 +206,12 @@ class DraftChain:
         if verdict.epoch != self.epoch or not self._sent_at:
             return None
         is_echo, self._is_echoed = not self._is_echoed, True
-        if not verdict.num_draft_tokens:
-            spent_s = verdict.compute_us * 1e-6
-            return max(0.0, now - self._sent_at[0][1] - spent_s) if is_echo else None
-        judged_end = verdict.position + verdict.num_draft_tokens
-        while self._sent_at and self._sent_at[0][0] < judged_end:
-            self._sent_at.popleft()
+        if verdict.num_draft_tokens:
+            judged_end = verdict.position + verdict.num_draft_tokens
+            while self._sent_at and self._sent_at[0][0] < judged_end:
+                self._sent_at.popleft()
+        elif not is_echo:
+            return None
         if not self._sent_at:
             return None
         spent_s = (verdict.queue_us + verdict.compute_us) * 1e-6

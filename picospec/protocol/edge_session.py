@@ -314,7 +314,8 @@ class EdgeSession:
             effects += self.allowance.extend(self.chain)
         if self.state is EdgeState.DRAFTING and self._asked is None:
             round_is_over = self.allowance.is_used_up(self.chain)
-            if round_is_over or not self._lands_behind:
+            may_wait = self.chain.end < self.allowance.limit and self.chain.lands_behind(self._lead)
+            if round_is_over or not may_wait:
                 effects += self._send_due(now, round_is_over=round_is_over)
             if self.allowance.is_exhausted and not (
                 len(self.chain) or self._awaits_first or self._cloud_goes_on
@@ -322,15 +323,6 @@ class EdgeSession:
                 self._asked = (0, None)
                 effects.append(Send(self.chain.probe(1)))
         return effects
-
-    @property
-    def _lands_behind(self) -> bool:
-        """Whether the cloud is past the chain's end when a frame lands, and more drafts follow."""
-        chain = self.chain
-        if not self._spec.policy.fast_verify or chain.has_head:
-            return False  # a whole round goes when it is full
-        is_behind = chain.end - chain.position <= self._lead
-        return is_behind and chain.end < self.allowance.limit
 
     def _send_due(self, now: float, *, round_is_over: bool) -> list[Effect]:
         frames = self.chain.frames(self._max_frame, round_is_over=round_is_over, now=now)
