@@ -44,7 +44,7 @@ LOOK_COST = 0.01  # of the speed, that looks at the slower arm may take at first
 LOOK_INTERVAL_MIN_S, LOOK_INTERVAL_MAX_S = 8.0, 256.0  # ... less while nothing changes
 # What one generation's drafts may cost in a row, in time without drafts, before they pause: so
 # much, and round trips, since each new chain loses for one before it can gain.
-LOSS_MAX_S, LOSS_MAX_ROUND_TRIPS = 0.15, 2.0
+LOSS_MAX_S, LOSS_MAX_ROUND_TRIPS = 0.11, 2.0
 PAUSE_S, PAUSE_MAX_S = 2.0, 16.0  # doubles
 CROWD = 3  # log2 of a batch in which other sessions' rows bring as much as drafts
 CROWD_PAUSE_S = 2.0  # until drafts are tried there

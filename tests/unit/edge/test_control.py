@@ -114,7 +114,7 @@ def test_a_chat_with_a_hard_text_leaves_off_by_itself() -> None:
     edge = Edge(on=80.0, off=50.0)
     edge.chat(20.0)
     edge.on = 45.0  # of this chat
-    assert edge.chat(16.0) < 0.4
+    assert edge.chat(16.0) < 0.35
     edge.on = 80.0
     assert edge.chat(10.0) > 0.9
 
